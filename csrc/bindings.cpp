@@ -1,0 +1,148 @@
+// The only file that knows Python: integers become pointers, the GIL is released, a status
+// becomes an exception. Argument order follows the structs in pygan.h.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "pygan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void raise_unless_ok(pygan::Status status) {
+  if (status != pygan::Status::ok) throw std::invalid_argument(pygan::describe(status));
+}
+
+pygan::GanLossGroup group_of(const py::tuple& fields) {
+  return {pointer<const void>(fields[0].cast<Address>()),
+          pointer<const float>(fields[1].cast<Address>()),
+          fields[2].cast<float>(),
+          fields[3].cast<double>(),
+          fields[4].cast<int64_t>(),
+          pointer<void>(fields[5].cast<Address>()),
+          pointer<float>(fields[6].cast<Address>())};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CPU kernels of pygan. Arrays are passed as addresses; see csrc/pygan.h.";
+
+  py::class_<pygan::NormActShape>(module, "NormActShape")
+      .def(py::init([](int dtype, int layout, int64_t batch, int64_t channels, int64_t spatial,
+                       int64_t groups, int activation, float negative_slope, int threads) {
+             return pygan::NormActShape{static_cast<pygan::DType>(dtype),
+                                        static_cast<pygan::Layout>(layout),
+                                        batch,
+                                        channels,
+                                        spatial,
+                                        groups,
+                                        static_cast<pygan::Activation>(activation),
+                                        negative_slope,
+                                        threads};
+           }),
+           py::arg("dtype"), py::arg("layout"), py::arg("batch"), py::arg("channels"),
+           py::arg("spatial"), py::arg("groups"), py::arg("activation"), py::arg("negative_slope"),
+           py::arg("threads"));
+
+  module.def("norm_act_scratch", &pygan::norm_act_scratch, py::arg("shape"));
+
+  module.def(
+      "norm_act_forward",
+      [](const pygan::NormActShape& shape, Address x, Address weight, Address bias, bool training,
+         double eps, double momentum, Address running_mean, Address running_var, Address y,
+         Address mean, Address invstd, Address scratch) {
+        const pygan::NormActForward args{shape,
+                                         pointer<const void>(x),
+                                         pointer<const float>(weight),
+                                         pointer<const float>(bias),
+                                         training,
+                                         eps,
+                                         momentum,
+                                         pointer<float>(running_mean),
+                                         pointer<float>(running_var),
+                                         pointer<void>(y),
+                                         pointer<float>(mean),
+                                         pointer<float>(invstd),
+                                         pointer<double>(scratch)};
+        py::gil_scoped_release release;
+        raise_unless_ok(pygan::norm_act_forward(args));
+      },
+      py::arg("shape"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("training"),
+      py::arg("eps"), py::arg("momentum"), py::arg("running_mean"), py::arg("running_var"),
+      py::arg("y"), py::arg("mean"), py::arg("invstd"), py::arg("scratch"));
+
+  module.def(
+      "norm_act_backward",
+      [](const pygan::NormActShape& shape, Address x, Address dy, Address weight, Address bias,
+         Address mean, Address invstd, bool training, Address dx, Address dweight, Address dbias,
+         Address scratch) {
+        const pygan::NormActBackward args{shape,
+                                          pointer<const void>(x),
+                                          pointer<const void>(dy),
+                                          pointer<const float>(weight),
+                                          pointer<const float>(bias),
+                                          pointer<const float>(mean),
+                                          pointer<const float>(invstd),
+                                          training,
+                                          pointer<void>(dx),
+                                          pointer<float>(dweight),
+                                          pointer<float>(dbias),
+                                          pointer<double>(scratch)};
+        py::gil_scoped_release release;
+        raise_unless_ok(pygan::norm_act_backward(args));
+      },
+      py::arg("shape"), py::arg("x"), py::arg("dy"), py::arg("weight"), py::arg("bias"),
+      py::arg("mean"), py::arg("invstd"), py::arg("training"), py::arg("dx"), py::arg("dweight"),
+      py::arg("dbias"), py::arg("scratch"));
+
+  module.def(
+      "gan_loss",
+      [](int dtype, const py::tuple& groups, Address loss) {
+        pygan::GanLoss args{static_cast<pygan::DType>(dtype),
+                            {},
+                            static_cast<int>(groups.size()),
+                            pointer<float>(loss)};
+        for (size_t i = 0; i < groups.size() && i < 2; ++i) {
+          args.groups[i] = group_of(groups[i].cast<py::tuple>());
+        }
+        py::gil_scoped_release release;
+        raise_unless_ok(pygan::gan_loss(args));
+      },
+      py::arg("dtype"), py::arg("groups"), py::arg("loss"));
+
+  module.def(
+      "image_batch",
+      [](Address images, int64_t count, int64_t height, int64_t width, int64_t channels,
+         Address index, Address flip, int64_t batch, int dtype, Address out, int threads) {
+        const pygan::ImageBatch args{pointer<const uint8_t>(images),
+                                     count,
+                                     height,
+                                     width,
+                                     channels,
+                                     pointer<const int64_t>(index),
+                                     pointer<const uint8_t>(flip),
+                                     batch,
+                                     static_cast<pygan::DType>(dtype),
+                                     pointer<void>(out),
+                                     threads};
+        py::gil_scoped_release release;
+        raise_unless_ok(pygan::image_batch(args));
+      },
+      py::arg("images"), py::arg("count"), py::arg("height"), py::arg("width"), py::arg("channels"),
+      py::arg("index"), py::arg("flip"), py::arg("batch"), py::arg("dtype"), py::arg("out"),
+      py::arg("threads"));
+
+  module.def("isa", &pygan::instruction_set);
+  module.def("isas", &pygan::instruction_sets);
+}

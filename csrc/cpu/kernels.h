@@ -1,0 +1,37 @@
+// What each instruction set provides. Arguments have been checked.
+#pragma once
+
+#include "pygan.h"
+
+namespace pygan {
+
+struct Kernels {
+  const char* name;
+  void (*norm_act_forward)(const NormActForward&);
+  void (*norm_act_backward)(const NormActBackward&);
+  void (*gan_loss)(const GanLoss&);
+  void (*image_batch)(const ImageBatch&);
+};
+
+// Rows of channels_last activations are handled in blocks that depend on the shape alone, so
+// that results do not depend on the number of threads.
+struct RowBlocks {
+  int64_t rows;   // in a group
+  int64_t size;   // rows in a block, the last one may have fewer
+  int64_t count;  // blocks in a group
+};
+RowBlocks row_blocks(const NormActShape& shape);
+
+#define PYGAN_DECLARE_KERNELS(isa)                \
+  namespace isa {                                 \
+  void norm_act_forward(const NormActForward&);   \
+  void norm_act_backward(const NormActBackward&); \
+  void gan_loss(const GanLoss&);                  \
+  void image_batch(const ImageBatch&);            \
+  }
+PYGAN_DECLARE_KERNELS(avx2)
+PYGAN_DECLARE_KERNELS(avx512)
+PYGAN_DECLARE_KERNELS(avx512_bf16)
+#undef PYGAN_DECLARE_KERNELS
+
+}  // namespace pygan
