@@ -155,7 +155,7 @@ void strip_moments(const T* x, int64_t rows, int64_t stride, Lanes lanes, double
         deviation[k] = fma(d, d, deviation[k]);
       }
     }
-    float centres[kLanes], deviations[kLanes];
+    float centres[K * Vec::width], deviations[K * Vec::width];
     for (int k = 0; k < K; ++k) {
       store(centres + k * Vec::width, centre[k]);
       store(deviations + k * Vec::width, deviation[k]);
@@ -212,7 +212,7 @@ void strip_sums(const T* x, const T* dy, int64_t rows, int64_t stride, Lanes lan
         b[k] = fma(dz, d, b[k]);
       }
     }
-    float sums[kLanes], products[kLanes];
+    float sums[K * Vec::width], products[K * Vec::width];
     for (int k = 0; k < K; ++k) {
       store(sums + k * Vec::width, a[k]);
       store(products + k * Vec::width, b[k]);
