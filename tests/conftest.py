@@ -1,0 +1,52 @@
+"""What every test gets: its own cache folder, fixed seeds, and skips that say why."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("pygan", deadline=None, derandomize=True, database=None)
+settings.load_profile("pygan")
+
+
+def missing_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "needs an NVIDIA GPU, and torch sees none"
+
+
+def missing_extension() -> str | None:
+    # Where the extension is required, its tests run, and fail without it.
+    if os.environ.get("PYGAN_EXT") == "require":
+        return None
+    from pygan.ops import native
+
+    return None if native.load() else f"needs the native extension: {native.reason()}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, missing in {"gpu": missing_gpu, "native": missing_extension}.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = missing() if marked else None
+        if reason is not None:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded data goes to a folder of this session, for child processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYGAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
