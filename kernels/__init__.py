@@ -1,0 +1,1 @@
+"""Triton kernels: jit functions and launchers that write into preallocated outputs."""

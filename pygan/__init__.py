@@ -1,0 +1,25 @@
+"""pygan: fused kernels, a fast step and a trainer for generative adversarial networks.
+
+>>> report = pygan.fuse(G)                      # same network, faster blocks
+>>> step = pygan.AdversarialStep(G, D, opt_g, opt_d)
+>>> result = step(real)                         # one update of D and of G
+"""
+
+from pygan import functional, models
+from pygan.errors import UserError
+from pygan.fuse import FuseReport, fuse, unfuse
+from pygan.step import AdversarialStep, ReferenceStep, StepResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdversarialStep",
+    "FuseReport",
+    "ReferenceStep",
+    "StepResult",
+    "UserError",
+    "functional",
+    "fuse",
+    "models",
+    "unfuse",
+]

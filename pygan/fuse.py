@@ -1,0 +1,274 @@
+"""``pygan.fuse(module)``: faster blocks in somebody else's network, and nothing else changed.
+
+A ``nn.Sequential`` keeps its children, parameters, buffers, hooks and ``state_dict``; only its
+class is exchanged for one that runs a batch norm and the activation behind it as one operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from pygan.errors import UserError
+from pygan.ops.norm_act import current_groups, norm_act
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+}
+
+
+@dataclass
+class FuseReport:
+    """What :func:`fuse` did: names of fused runs of layers, and (name, reason) of those left."""
+
+    fused: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [(name, "fused") for name in self.fused] + self.skipped
+        if not rows:
+            return "nothing to fuse: the module holds no batch norm"
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {what}" for name, what in rows)
+
+
+def why_opaque(layer: nn.Module) -> str | None:
+    """Why a layer has to be called as a module (something may watch or replace the call)."""
+    if (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    ):
+        return "it has hooks"
+    if "forward" in vars(layer):
+        return "its forward has been replaced"
+    return None
+
+
+def _globally_hooked() -> bool:
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def _runs(layers: list[nn.Module]) -> Iterator[tuple[int, nn.Module | None]]:
+    """Index of every layer that is called, with the activation that its batch norm takes along."""
+    i = 0
+    while i < len(layers):
+        follower = layers[i + 1] if i + 1 < len(layers) else None
+        fusible = (
+            type(layers[i]) in BATCH_NORMS
+            and why_opaque(layers[i]) is None
+            and type(follower) in ACTIVATIONS
+            and follower is not None
+            and why_opaque(follower) is None
+        )
+        yield i, follower if fusible else None
+        i += 2 if fusible else 1
+
+
+def _norm_act_layers(norm: nn.Module, activation: nn.Module | None, x: Tensor) -> Tensor:
+    """What ``activation(norm(x))`` computes, ``num_batches_tracked`` and all."""
+    assert isinstance(norm, BATCH_NORMS)
+    norm._check_input_dim(x)
+    by_batch = norm.training or norm.running_mean is None
+    tracked = norm.training and norm.track_running_stats
+    groups = current_groups() if by_batch else 1
+    if norm.momentum is None and tracked and groups > 1:
+        # A cumulative average has another momentum for each group.
+        parts = x.chunk(groups)
+        return torch.cat([_one_group(norm, activation, part, by_batch, tracked, 1) for part in parts])
+    return _one_group(norm, activation, x, by_batch, tracked, groups)
+
+
+def _one_group(
+    norm: nn.Module,
+    activation: nn.Module | None,
+    x: Tensor,
+    by_batch: bool,
+    tracked: bool,
+    groups: int,
+) -> Tensor:
+    assert isinstance(norm, BATCH_NORMS)
+    momentum = norm.momentum
+    if tracked and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(groups)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    follows = tracked or not by_batch
+    return norm_act(
+        x,
+        norm.running_mean if follows else None,
+        norm.running_var if follows else None,
+        norm.weight,
+        norm.bias,
+        by_batch,
+        0.0 if momentum is None else momentum,
+        norm.eps,
+        activation="none" if activation is None else ACTIVATIONS[type(activation)],
+        negative_slope=getattr(activation, "negative_slope", 0.0),
+        groups=groups,
+    )
+
+
+class FusedSequential(nn.Sequential):
+    """A ``nn.Sequential`` that runs each batch norm with the activation behind it.
+
+    Hooks are looked for at every call, so one that is added later is honoured. While something
+    traces or compiles the module it is a plain ``nn.Sequential``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or type(input) is not Tensor or _globally_hooked():
+            return super().forward(input)
+        layers = list(self._modules.values())
+        for i, activation in _runs(layers):
+            layer = layers[i]
+            if type(layer) in BATCH_NORMS and why_opaque(layer) is None:
+                input = _norm_act_layers(layer, activation, input)
+            else:
+                input = layer(input)
+        return input
+
+
+def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
+    """Makes a network faster in place: same parameters, buffers, ``state_dict``, hooks, numbers.
+
+    Batch norms inside a ``nn.Sequential`` run together with the ReLU, LeakyReLU, Tanh or Sigmoid
+    behind them. Deep copies, pickles, ``.to``, train and eval mode and a second call all work;
+    :func:`unfuse` undoes it.
+
+    Args:
+        module: any network.
+        strict: raise where a batch norm has to be left as it is.
+
+    Returns:
+        What was fused, and what was left and why. Prints as a table.
+
+    Raises:
+        UserError: ``strict`` and something was skipped, with the first reason.
+    """
+    report = FuseReport()
+    inside: set[nn.Module] = set()
+    containers: list[nn.Sequential] = []
+    for name, container in module.named_modules():
+        if type(container) not in (nn.Sequential, FusedSequential):
+            continue
+        assert isinstance(container, nn.Sequential)
+        before = len(report.fused)
+        _describe(name, container, inside, report)
+        if len(report.fused) > before:
+            containers.append(container)
+    for name, layer in module.named_modules():
+        if isinstance(layer, BATCH_NORMS) and layer not in inside:
+            report.skipped.append((name, "it is not called by a nn.Sequential"))
+    if strict and report.skipped:
+        name, reason = report.skipped[0]
+        raise UserError(f"{name} cannot be fused: {reason}; pass strict=False to leave it")
+    for container in containers:
+        container.__class__ = FusedSequential
+    return report
+
+
+def _describe(
+    name: str, container: nn.Sequential, inside: set[nn.Module], report: FuseReport
+) -> None:
+    keys, layers = list(container._modules), list(container)
+    prefix = f"{name}." if name else ""
+    for i, activation in _runs(layers):
+        layer = layers[i]
+        if not isinstance(layer, BATCH_NORMS):
+            continue
+        inside.add(layer)
+        kind = type(layer).__name__
+        reason = why_opaque(layer)
+        if type(layer) not in BATCH_NORMS:
+            reason = f"{kind} is a class of its own"
+        if reason is not None:
+            report.skipped.append((f"{prefix}{keys[i]} {kind}", reason))
+        elif activation is not None:
+            report.fused.append(
+                f"{prefix}{keys[i]} {kind} + {prefix}{keys[i + 1]} {type(activation).__name__}"
+            )
+        else:
+            report.fused.append(f"{prefix}{keys[i]} {kind}")
+
+
+def unfuse(module: nn.Module) -> None:
+    """Undoes :func:`fuse`: every container is a plain ``nn.Sequential`` again."""
+    for container in module.modules():
+        if type(container) is FusedSequential:
+            container.__class__ = nn.Sequential
+
+
+_SAMPLE_WISE = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.ZeroPad2d,
+    nn.ReflectionPad2d,
+    nn.ReplicationPad2d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
+
+
+def why_not_mergeable(module: nn.Module) -> str | None:
+    """Why one call on two batches may differ from two calls, or None where it cannot.
+
+    None only if every layer treats samples one by one, or is a batch norm that follows
+    ``batch_groups``, and every ``forward`` is known. Random layers count as different: their draws
+    would come in another order.
+    """
+    from pygan.models import Discriminator
+
+    if _globally_hooked():
+        return "there are global module hooks"
+    grouped = {
+        layer
+        for container in module.modules()
+        if type(container) is FusedSequential
+        for layer in container
+        if type(layer) in BATCH_NORMS
+    }
+    for name, layer in module.named_modules():
+        known = type(layer) in (nn.Sequential, FusedSequential, Discriminator, *_SAMPLE_WISE)
+        if not known and layer not in grouped:
+            return f"{name or 'the module'} ({type(layer).__name__}) may mix samples"
+        if (reason := why_opaque(layer)) is not None:
+            return f"{name or 'the module'} ({type(layer).__name__}): {reason}"
+    return None

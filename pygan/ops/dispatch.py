@@ -1,0 +1,97 @@
+"""Which implementation of an operation runs.
+
+``impl="auto"`` (or the environment variable ``PYGAN_IMPL``) takes the fastest that supports the
+arguments and logs once why a faster one did not; a name that cannot run raises with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pygan.errors import UserError
+from pygan.ops import native
+
+logger = logging.getLogger("pygan")
+
+NAMES = ("cuda", "triton", "cpu", "torch")
+
+Support = Callable[[], "str | None"]
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def choose(operation: str, impl: str, candidates: Sequence[tuple[str, Support]]) -> str:
+    """The implementation to run.
+
+    Args:
+        operation: name for messages.
+        impl: "auto" or one of ``NAMES``.
+        candidates: implementations of this operation, fastest first; each answers None, or the
+            reason it cannot take these arguments.
+
+    Raises:
+        UserError: a named implementation does not exist or cannot run.
+    """
+    if impl == "auto":
+        impl = os.environ.get("PYGAN_IMPL", "auto")
+    if impl == "auto":
+        for name, supports in candidates:
+            reason = supports()
+            if reason is None:
+                return name
+            _log_once(f"{operation}: not {name}, because {reason}")
+        raise RuntimeError(f"{operation} has no implementation that always runs")
+    offered = dict(candidates)
+    if impl not in offered:
+        raise UserError(
+            f"{operation} has no implementation {impl!r}; it has {', '.join(offered)} and auto"
+        )
+    reason = offered[impl]()
+    if reason is not None:
+        raise UserError(f"{operation} cannot run as {impl!r}: {reason}")
+    return impl
+
+
+def always() -> None:
+    """Support of the reference: it takes everything."""
+
+
+@functools.cache
+def triton_reason() -> str | None:
+    """Why Triton kernels cannot run on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    return None
+
+
+def supports_triton(*tensors: torch.Tensor) -> str | None:
+    """Reason that Triton kernels cannot take these tensors, or None."""
+    reason = triton_reason()
+    if reason is None and os.environ.get("TRITON_INTERPRET") != "1":
+        for tensor in tensors:
+            if tensor.device.type != "cuda":
+                return f"a tensor is on {tensor.device}, not on a GPU"
+    return reason
+
+
+def supports_cpu(*tensors: torch.Tensor) -> str | None:
+    """Reason that the native kernels cannot take tensors of this device and type, or None."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}, not on the CPU"
+        if tensor.dtype not in native.DTYPES:
+            return f"the dtype is {tensor.dtype}, not float32 or bfloat16"
+    return native.reason()

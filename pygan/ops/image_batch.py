@@ -1,0 +1,111 @@
+"""A training batch from a set of uint8 images: gather, flip, scale and cast in one pass.
+
+    out[b, c, y, x] = (images[index[b], y, x', c] - 127.5) / 127.5,  x' = W-1-x where flip[b]
+
+Exactly -1 at 0 and 1 at 255. Shapes: images ``[N, H, W, C]`` uint8, index ``[B]`` int64, flip
+``[B]`` bool; out ``[B, C, H, W]``, channels_last. There is no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pygan.errors import UserError
+from pygan.ops import dispatch, native
+
+
+def image_batch_ref(images: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The definition in torch."""
+    batch = images[index]
+    if flip is not None:
+        batch = torch.where(flip[:, None, None, None], batch.flip(2), batch)
+    # float32 whatever the target: half precision cannot hold all of 0 ... 255 minus 127.5
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return ((batch.to(wide) - 127.5) / 127.5).to(dtype).permute(0, 3, 1, 2)
+
+
+def _supports_cpu(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | None:
+    if images.device.type != "cpu" or index.device.type != "cpu":
+        return f"the images are on {images.device}, not on the CPU"
+    if dtype not in native.DTYPES:
+        return f"the dtype is {dtype}, not float32 or bfloat16"
+    if not images.is_contiguous():
+        return "the images are not contiguous as [N, H, W, C]"
+    return native.reason()
+
+
+def _supports_triton(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the dtype is {dtype}, not float32, bfloat16 or float16"
+    if not images.is_contiguous():
+        return "the images are not contiguous as [N, H, W, C]"
+    return dispatch.supports_triton(images, index)
+
+
+def _cpu(out: Tensor, images: Tensor, index: Tensor, flip: Tensor | None) -> None:
+    module = native.load()
+    assert module is not None
+    count, height, width, channels = images.shape
+    module.image_batch(
+        images.data_ptr(),
+        count,
+        height,
+        width,
+        channels,
+        index.data_ptr(),
+        native.address(flip),
+        index.numel(),
+        native.DTYPES[out.dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def _triton(out: Tensor, images: Tensor, index: Tensor, flip: Tensor | None) -> None:
+    from pygan.kernels import image_batch as kernels
+
+    kernels.image_batch(out, images, index, flip)
+
+
+def image_batch(
+    images: Tensor,
+    index: Tensor,
+    *,
+    flip: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+) -> Tensor:
+    """See :func:`pygan.functional.image_batch`."""
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise UserError(
+            f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 [N, H, W, C]"
+        )
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise UserError(f"index is {index.dtype} of shape {tuple(index.shape)}; give int64 [B]")
+    if flip is not None and (flip.dtype != torch.bool or flip.shape != index.shape):
+        raise UserError(
+            f"flip is {flip.dtype} of shape {tuple(flip.shape)}; give bool {tuple(index.shape)}"
+        )
+    chosen = dispatch.choose(
+        "image_batch",
+        impl,
+        [
+            ("triton", lambda: _supports_triton(images, index, dtype)),
+            ("cpu", lambda: _supports_cpu(images, index, dtype)),
+            ("torch", dispatch.always),
+        ],
+    )
+    if index.device.type == "cpu" and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= images.shape[0]:
+            raise UserError(
+                f"index runs from {low} to {high}; there are {images.shape[0]} images, so it must "
+                f"stay within 0 and {images.shape[0] - 1}"
+            )
+    if chosen == "torch":
+        return image_batch_ref(images, index, flip, dtype)
+    out = torch.empty((index.numel(), *images.shape[1:]), dtype=dtype, device=images.device)
+    flip = None if flip is None else flip.contiguous()
+    (_cpu if chosen == "cpu" else _triton)(out, images, index.contiguous(), flip)
+    return out.permute(0, 3, 1, 2)

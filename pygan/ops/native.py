@@ -1,0 +1,60 @@
+"""The compiled CPU kernels, or the reason they are not there."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from pygan.errors import UserError
+
+BUILD_LOG = Path(__file__).resolve().parent.parent / "_build_log.txt"
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from pygan import _C
+    except ImportError as error:
+        if BUILD_LOG.exists():
+            return None, f"the native extension was not built, see {BUILD_LOG}"
+        if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+            return None, (
+                f"native kernels are for Linux on x86-64, this is {platform.system()} "
+                f"on {platform.machine()}"
+            )
+        return None, f"the native extension is not installed ({error})"
+    forced = os.environ.get("PYGAN_ISA")
+    if forced and forced not in _C.isas():
+        raise UserError(
+            f"PYGAN_ISA is {forced!r}; this machine and build run "
+            f"{', '.join(_C.isas()) or 'none'}, so name one of these or unset it"
+        )
+    if _C.isa() == "none":
+        return None, "this CPU has none of the compiled instruction sets (AVX2 with FMA at least)"
+    return _C, None
+
+
+def load() -> ModuleType | None:
+    """The extension module, or None; ``reason()`` then says why.
+
+    Raises:
+        UserError: ``PYGAN_ISA`` names an instruction set that does not run here.
+    """
+    return _load()[0]
+
+
+def reason() -> str | None:
+    """Why there are no native kernels, or None where they are loaded."""
+    return _load()[1]
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Data pointer, 0 for None: what the extension takes for an array."""
+    return 0 if tensor is None else tensor.data_ptr()

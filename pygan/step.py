@@ -1,0 +1,306 @@
+"""One alternating update of discriminator and generator.
+
+Two classes with one interface: ``AdversarialStep`` is the fast one, ``ReferenceStep`` the loop as
+it is usually written. In float32 they compute the same numbers up to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pygan.errors import UserError
+from pygan.functional import image_batch
+from pygan.fuse import why_not_mergeable
+from pygan.ops.gan_loss import gan_loss, term_of
+from pygan.ops.norm_act import batch_groups
+
+logger = logging.getLogger("pygan")
+
+_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepResult(NamedTuple):
+    """Float32 ``[]`` tensors on the device; reading them is the caller's synchronisation.
+
+    ``d_real`` = mean D(x), ``d_fake`` and ``d_fake_after`` = mean D(G(z)) before and after D's
+    update.
+    """
+
+    loss_d: Tensor
+    loss_g: Tensor
+    d_real: Tensor
+    d_fake: Tensor
+    d_fake_after: Tensor
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """"off", "bf16" or "fp16" for a wish that may be "auto".
+
+    Auto takes bfloat16 where the device computes in it, float16 on older GPUs, else float32.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if amp in _DTYPES:
+        return amp
+    if amp != "auto":
+        raise UserError(f"amp is {amp!r}; it is 'auto', 'off', 'bf16' or 'fp16'")
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        # torch has no public question for this; without an answer float32 is always right.
+        fast = any(
+            getattr(torch.cpu, name, bool)()
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+        return "bf16" if fast else "off"
+    return "off"
+
+
+class _Step:
+    """Settings that both steps share."""
+
+    def __init__(
+        self,
+        G: nn.Module,
+        D: nn.Module,
+        opt_g: torch.optim.Optimizer,
+        opt_d: torch.optim.Optimizer,
+        *,
+        loss: str = "bce",
+        loss_weight: float = 1.0,
+        real_target: float = 1.0,
+        amp: str = "auto",
+        graph: str = "auto",
+        merge: bool | str = "auto",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if loss not in ("bce", "minimax"):
+            raise UserError(f"loss is {loss!r}; it is 'bce' (non-saturating) or 'minimax'")
+        if graph not in ("auto", "off"):
+            raise UserError(f"graph is {graph!r}; it is 'auto' or 'off'")
+        if merge not in (True, False, "auto"):
+            raise UserError(f"merge is {merge!r}; it is True, False or 'auto'")
+        if isinstance(list(D.modules())[-1], nn.Sigmoid):
+            raise UserError(
+                "the discriminator ends in a Sigmoid; the losses take logits, so remove it"
+            )
+        self.G, self.D, self.opt_g, self.opt_d = G, D, opt_g, opt_d
+        self.loss, self.loss_weight, self.real_target = loss, loss_weight, real_target
+        self.device = next(D.parameters()).device
+        self.amp = resolve_amp(amp, self.device)
+        self.merge = merge
+        self.generator = generator
+        scaling = self.amp == "fp16"
+        self._scaler_d = torch.amp.GradScaler(self.device.type, enabled=scaling)
+        self._scaler_g = torch.amp.GradScaler(self.device.type, enabled=scaling)
+
+    def __call__(self, real: Tensor, z: Tensor | None = None) -> StepResult:
+        """One update of D, then one of G.
+
+        Args:
+            real: ``[N, C, H, W]``, float in [-1, 1] or uint8.
+            z: latent vectors for G, ``[N, nz, 1, 1]``; drawn from N(0, 1) when None.
+
+        Raises:
+            UserError: no z is given and G does not tell its length.
+        """
+        if z is None:
+            shape = (real.shape[0], _latent_size(self.G), 1, 1)
+            z = torch.randn(shape, device=self.device, generator=self.generator)
+        return self._update(self._prepared(real), z)
+
+    def _update(self, real: Tensor, z: Tensor) -> StepResult:
+        raise AssertionError("a step defines its update")
+
+    def _prepared(self, real: Tensor) -> Tensor:
+        if real.dtype != torch.uint8:
+            return real
+        last = real.permute(0, 2, 3, 1)
+        index = torch.arange(real.shape[0], device=real.device)
+        dtype = _DTYPES[self.amp]
+        return image_batch(last if last.is_contiguous() else last.contiguous(), index, dtype=dtype)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.amp != "off"
+        dtype = _DTYPES[self.amp] if enabled else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the gradient scalers (empty unless fp16)."""
+        return {"scaler_g": self._scaler_g.state_dict(), "scaler_d": self._scaler_d.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        self._scaler_g.load_state_dict(state["scaler_g"])
+        self._scaler_d.load_state_dict(state["scaler_d"])
+
+
+def _latent_size(G: nn.Module) -> int:
+    nz = getattr(G, "nz", None)
+    if isinstance(nz, int):
+        return nz
+    for layer in G.modules():
+        if isinstance(layer, (nn.Linear, nn.ConvTranspose2d, nn.Conv2d)):
+            return getattr(layer, "in_features", 0) or layer.in_channels
+    raise UserError("no z was given and the generator does not tell its length; pass z")
+
+
+@contextlib.contextmanager
+def _constant(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's parameters get no gradient, so none is computed."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+class AdversarialStep(_Step):
+    """The fast update: ``result = step(real, z=None)``.
+
+    - D sees real and generated images as one batch of 2N, with statistics for each half and
+      running statistics in order: the numbers of two calls. Where D holds something that may mix
+      samples, it is called twice.
+    - G runs once; its images serve D's update and, with D's new weights, G's.
+    - D is constant while G learns: its weight gradients are not computed.
+    - Losses, their gradients and the mean probabilities come from one pass over the logits.
+    - Nothing is read back from the device.
+
+    Convolution weights are brought to channels_last, in place.
+
+    Args:
+        G, D: networks; D returns logits, any shape with the batch first. Fuse them first
+            (:func:`pygan.fuse`) for the fast layers.
+        opt_g, opt_d: torch optimizers.
+        loss: "bce" (non-saturating) or "minimax" (zero-sum; ``loss_g`` without the term that does
+            not depend on G).
+        loss_weight: 0.5 for the one-half scaled losses.
+        real_target: below 1 for one-sided label smoothing (Salimans et al. 2016).
+        amp: "auto", "off", "bf16" or "fp16" (with a gradient scaler for each optimizer).
+        graph: "auto" or "off".
+        merge: one call of D for both halves: "auto" where it is known to be the same, True or
+            False to force.
+        generator: for z.
+
+    Raises:
+        UserError: an unknown setting, or a D that ends in a sigmoid.
+
+    Source: Goodfellow et al. 2014, arXiv:1406.2661, algorithm 1 with one step of D.
+    """
+
+    def __init__(
+        self,
+        G: nn.Module,
+        D: nn.Module,
+        opt_g: torch.optim.Optimizer,
+        opt_d: torch.optim.Optimizer,
+        **settings: Any,
+    ) -> None:
+        super().__init__(G, D, opt_g, opt_d, **settings)
+        for module in (G, D):
+            if any(p.dim() == 4 for p in module.parameters()):
+                module.to(memory_format=torch.channels_last)
+        if self.merge == "auto":
+            reason = why_not_mergeable(D)
+            self.merge = reason is None
+            if reason is not None:
+                logger.info("D is called twice a step, because %s", reason)
+
+    def _update(self, real: Tensor, z: Tensor) -> StepResult:
+        with self._autocast():
+            fake = self.G(z)
+        loss_d, d_real, d_fake = self._update_d(real, fake.detach())
+        loss_g, d_fake_after = self._update_g(fake)
+        return StepResult(loss_d, loss_g, d_real, d_fake, d_fake_after)
+
+    def _update_d(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.opt_d.zero_grad(set_to_none=True)
+        with self._autocast():
+            if self.merge:
+                both = torch.cat([_in_format_of(fake, real), fake])
+                with batch_groups(2):
+                    logits = self.D(both).flatten()
+                real_logits, fake_logits = logits.split(logits.numel() // 2)
+            else:
+                real_logits, fake_logits = self.D(real).flatten(), self.D(fake).flatten()
+                logits = torch.cat([real_logits, fake_logits])
+        terms = (
+            term_of("real", real_logits, self.real_target, self.loss_weight),
+            term_of("fake", fake_logits, 0.0, self.loss_weight),
+        )
+        loss, probabilities = gan_loss(logits, terms)
+        self._scaler_d.scale(loss).backward()
+        self._scaler_d.step(self.opt_d)
+        self._scaler_d.update()
+        return loss.detach(), probabilities[0], probabilities[1]
+
+    def _update_g(self, fake: Tensor) -> tuple[Tensor, Tensor]:
+        self.opt_g.zero_grad(set_to_none=True)
+        with _constant(self.D):
+            with self._autocast():
+                logits = self.D(fake).flatten()
+            target, sign = (1.0, 1.0) if self.loss == "bce" else (0.0, -1.0)
+            term = term_of("fake", logits, target, sign * self.loss_weight)
+            loss, probabilities = gan_loss(logits, (term,))
+            self._scaler_g.scale(loss).backward()
+        self._scaler_g.step(self.opt_g)
+        self._scaler_g.update()
+        return loss.detach(), probabilities[0]
+
+
+def _in_format_of(fake: Tensor, real: Tensor) -> Tensor:
+    """real in the dtype of fake, and in channels_last where fake is, so that they join in one
+    copy."""
+    if fake.dim() == 4 and fake.is_contiguous(memory_format=torch.channels_last):
+        return real.to(fake.dtype).contiguous(memory_format=torch.channels_last)
+    return real.to(fake.dtype)
+
+
+class ReferenceStep(_Step):
+    """The update as it is usually written: the baseline of every comparison.
+
+    D on real and on generated images in two calls with a backward each, then G through D with all
+    gradients, losses from ``binary_cross_entropy_with_logits``. Arguments and result as
+    :class:`AdversarialStep`; ``merge`` has no meaning here.
+    """
+
+    def _bce(self, logits: Tensor, target: float) -> Tensor:
+        labels = torch.full_like(logits, target)
+        return F.binary_cross_entropy_with_logits(logits, labels) * self.loss_weight
+
+    def _update(self, real: Tensor, z: Tensor) -> StepResult:
+        self.D.zero_grad()
+        with self._autocast():
+            logits_real = self.D(real)
+            loss_real = self._bce(logits_real, self.real_target)
+        self._scaler_d.scale(loss_real).backward()
+        with self._autocast():
+            fake = self.G(z)
+            logits_fake = self.D(fake.detach())
+            loss_fake = self._bce(logits_fake, 0.0)
+        self._scaler_d.scale(loss_fake).backward()
+        self._scaler_d.step(self.opt_d)
+        self._scaler_d.update()
+
+        self.G.zero_grad()
+        with self._autocast():
+            logits = self.D(fake)
+            loss_g = self._bce(logits, 1.0) if self.loss == "bce" else -self._bce(logits, 0.0)
+        self._scaler_g.scale(loss_g).backward()
+        self._scaler_g.step(self.opt_g)
+        self._scaler_g.update()
+        with torch.no_grad():
+            means = [torch.sigmoid(t.float()).mean() for t in (logits_real, logits_fake, logits)]
+            loss_d = (loss_real + loss_fake).float()
+        return StepResult(loss_d, loss_g.detach().float(), *means)
