@@ -230,7 +230,7 @@ setup(
     ],
     packages=find_packages(include=["pygan", "pygan.*"]),
     package_data={
-        "pygan": ["py.typed"],
+        "pygan": ["py.typed", "*.pyi"],
         "pygan.data": ["fashion_mnist/*"],
     },
     install_requires=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -16,6 +17,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from pygan.ops import native
 
 ROOT = Path(__file__).resolve().parents[1]
 LINUX_X86_64 = sys.platform == "linux" and platform.machine() == "x86_64"
@@ -125,6 +128,24 @@ print(*module.isas())
     assert result.stdout.split() == [name for name, needs in expected.items() if needs <= flags]
 
 
+@pytest.mark.native
+def test_stub_describes_the_extension() -> None:
+    stub = ast.parse((ROOT / "pygan" / "_C.pyi").read_text())
+    described = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in stub.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    module = native.load()
+    # The first line that pybind11 writes: "name(first: int, second: float) -> None".
+    signatures = {
+        name: re.findall(r"[(,] ?(\w+):", value.__doc__.splitlines()[0])
+        for name, value in vars(module).items()
+        if callable(value) and not isinstance(value, type)
+    }
+    assert described == {k: v for k, v in signatures.items() if not k.startswith("_")}
+
+
 @pytest.fixture(scope="module")
 def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source distribution, built in place and into dist/*.whl."""
@@ -166,7 +187,7 @@ class TestBuild:
         data = ROOT / "pygan" / "data" / "fashion_mnist"
         assert "LICENSE" in os.listdir(data)
         assert {f"pygan/data/fashion_mnist/{name}" for name in os.listdir(data)} <= names
-        assert "pygan/py.typed" in names
+        assert {"pygan/py.typed", "pygan/_C.pyi"} <= names
         assert len([name for name in names if re.fullmatch(r"pygan/_C\..*\.so", name)]) == 1
 
     def test_wheel_has_one_top_level_package(self, wheel: zipfile.ZipFile) -> None:

@@ -1,0 +1,64 @@
+"""CPU kernels. Arrays are addresses, 0 for none; csrc/pygan.h says what each one holds."""
+
+class NormActShape:
+    def __init__(
+        self,
+        dtype: int,
+        layout: int,
+        batch: int,
+        channels: int,
+        spatial: int,
+        groups: int,
+        activation: int,
+        negative_slope: float,
+        threads: int,
+    ) -> None: ...
+
+def norm_act_scratch(shape: NormActShape) -> int: ...
+def norm_act_forward(
+    shape: NormActShape,
+    x: int,
+    weight: int,
+    bias: int,
+    training: bool,
+    eps: float,
+    momentum: float,
+    running_mean: int,
+    running_var: int,
+    y: int,
+    mean: int,
+    invstd: int,
+    scratch: int,
+) -> None: ...
+def norm_act_backward(
+    shape: NormActShape,
+    x: int,
+    dy: int,
+    weight: int,
+    bias: int,
+    mean: int,
+    invstd: int,
+    training: bool,
+    dx: int,
+    dweight: int,
+    dbias: int,
+    scratch: int,
+) -> None: ...
+def gan_loss(
+    dtype: int, groups: tuple[tuple[int, int, float, float, int, int, int], ...], loss: int
+) -> None: ...
+def image_batch(
+    images: int,
+    count: int,
+    height: int,
+    width: int,
+    channels: int,
+    index: int,
+    flip: int,
+    batch: int,
+    dtype: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def isa() -> str: ...
+def isas() -> list[str]: ...
