@@ -1,0 +1,193 @@
+"""What can be given as data: a folder, a zip or an array file, found and opened, not decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pygan.data import arrays, decode
+from pygan.data.image_list import ImageList
+from pygan.errors import UserError
+
+ACCEPTED = (
+    "accepted are a folder of images, a .zip of images, a uint8 .npy or .npz array, "
+    "an idx file (also .gz), fashion-mnist and fake"
+)
+_LARGEST_MEMBER = 1 << 30  # bytes; an image in a zip that declares more is taken for a bomb
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that has been found.
+
+    Attributes:
+        name: as it was given.
+        stamp: hex digest that is cheap to compute and changes when a file is added, removed,
+            renamed or written: paths, sizes, and times of last write and of last status change.
+            The latter also moves when a file is rewritten in place and its size and time of last
+            write are put back. Not seen: a second write within one tick of the file system's clock.
+        open: reads as much as is needed to list the images; raises UserError for broken files.
+    """
+
+    name: str
+    stamp: str
+    open: Callable[[], ImageList]
+
+
+def find(given: str | os.PathLike[str]) -> Source:
+    """The folder or file at path `given`; UserError if there is none or its kind is not known."""
+    name = os.fspath(given)
+    path = Path(name).expanduser()
+    try:
+        if not name or not path.exists():
+            raise UserError(f"there is no data at {name!r}; {ACCEPTED}")
+        if path.is_dir():
+            return _folder(name, path)
+        if not path.is_file():
+            raise UserError(f"{name!r} is neither a folder nor a file; {ACCEPTED}")
+        files = [path, *arrays.label_files(path)]
+        stamp = _stamp(path, [(str(file), file.stat()) for file in files])
+        reader = _reader(name, path)
+    except OSError as error:
+        culprit = error.filename or name
+        raise UserError(
+            f"{str(culprit)!r} cannot be read ({error.strerror}); make it readable or leave it out"
+        ) from error
+    return Source(name, stamp, lambda: reader(path))
+
+
+def _reader(name: str, path: Path) -> Callable[[Path], ImageList]:
+    suffixes = path.name.lower().split(".")[1:] or [""]
+    with path.open("rb") as file:
+        start = file.read(4)
+    if suffixes[-1] == "npz":
+        return arrays.open_npz
+    if suffixes[-1] == "npy" or start == b"\x93NUM":
+        return arrays.open_npy
+    if suffixes[-1] == "zip" or start[:2] == b"PK":
+        return open_zip
+    if "idx" in path.name.lower() or suffixes[-1] == "gz" or start[:3] == b"\0\0\x08":
+        return arrays.open_idx
+    raise UserError(f"{name!r} is a file of a kind that is not known; {ACCEPTED}")
+
+
+def _folder(name: str, root: Path) -> Source:
+    found = sorted(_walk(root))
+    files = [relative for relative, status in found if status is not None]
+    classes = sorted(r for r, status in found if status is None and "/" not in r)
+    if not files:
+        raise UserError(f"the folder {name!r} holds no files; give a folder with images in it")
+    stamp = _stamp(root, found)
+
+    def read(i: int, size: int) -> Image.Image | None:
+        with (root / files[i]).open("rb") as stream:
+            return _read(stream, files[i], size)
+
+    return Source(name, stamp, lambda: ImageList(files, read, _labels_by_folder(files, classes)))
+
+
+def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
+    """(path relative to root, status) of every file, (path, None) of every folder, none hidden."""
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while pending:
+        prefix, above = pending.pop()
+        status = (root / prefix).stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            continue  # a link that leads back to a folder it lies in
+        with os.scandir(root / prefix) as entries:
+            for entry in entries:
+                relative = f"{prefix}{entry.name}"
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    pending.append((f"{relative}/", above | {identity}))
+                    yield relative, None
+                elif entry.is_file():
+                    yield relative, entry.stat()
+
+
+def open_zip(path: Path) -> ImageList:
+    """The images in a zip, which are read in memory: nothing is extracted, names are only names."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:
+        # Broken bytes make zipfile raise BadZipFile, OSError, ValueError and more.
+        raise UserError(
+            f"{str(path)!r} is not a whole zip file ({error}); copy or pack it again"
+        ) from error
+    members = sorted(
+        (
+            info
+            for info in archive.infolist()
+            if not info.is_dir() and not _is_hidden(info.filename)
+        ),
+        key=lambda info: info.filename,
+    )
+    if not members:
+        raise UserError(f"the zip {str(path)!r} holds no files; pack images into it")
+    names = [info.filename for info in members]
+
+    def read(i: int, size: int) -> Image.Image | None:
+        if members[i].file_size > _LARGEST_MEMBER:
+            raise ValueError(f"declares {members[i].file_size:,} bytes")
+        return _read(BytesIO(archive.read(members[i])), names[i], size)
+
+    inner = _without_common_folder(names)
+    classes = sorted({name.split("/")[0] for name in inner if "/" in name})
+    return ImageList(names, read, _labels_by_folder(inner, classes))
+
+
+def _is_hidden(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return any(p == "__MACOSX" or (p.startswith(".") and p != "..") for p in parts)
+
+
+def _without_common_folder(names: Sequence[str]) -> list[str]:
+    """Packing a folder puts its own name before all others; the classes are one level below."""
+    first = names[0].split("/")[0] + "/"
+    return [n[len(first) :] for n in names] if all(n.startswith(first) for n in names) else [*names]
+
+
+def _read(stream: BinaryIO, name: str, size: int) -> Image.Image | None:
+    try:
+        return decode.read(stream, size)
+    except UnidentifiedImageError:
+        # A text file beside the images is no loss; a file that claims to be an image is one.
+        if PurePosixPath(name).suffix.lower() not in Image.registered_extensions():
+            return None
+        raise
+
+
+def _labels_by_folder(
+    names: Sequence[str], classes: Sequence[str]
+) -> Callable[[Sequence[int]], np.ndarray | None]:
+    """Labels by first folder, if every image lies in one of `classes` and every class has one."""
+
+    def labels(kept: Sequence[int]) -> np.ndarray | None:
+        holders = [names[i].split("/")[0] if "/" in names[i] else None for i in kept]
+        if not classes or set(holders) != set(classes):
+            return None
+        number = {holder: label for label, holder in enumerate(classes)}
+        return np.array([number[holder] for holder in holders if holder is not None], np.int64)
+
+    return labels
+
+
+def _stamp(root: Path, files: Sequence[tuple[str, os.stat_result | None]]) -> str:
+    digest = hashlib.sha256(os.fsencode(root.resolve()))
+    for name, status in files:
+        digest.update(b"\0" + os.fsencode(name))
+        if status is not None:
+            times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            digest.update(repr(times).encode())
+    return digest.hexdigest()
