@@ -1,0 +1,282 @@
+"""The folder of a run: one writer, and every file whole or absent.
+
+A file is written under a temporary name beside its place, flushed to the disk, and renamed, so a
+kill, a full disk or a power cut leaves either the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pygan.cli import Failure
+from pygan.errors import UserError
+
+CONFIG = "config.json"
+LOG = "log.jsonl"
+RESUME = "resume.safetensors"
+_LOCK = ".lock"
+_TEMPORARY = ".tmp"
+# What a run writes, and so all that --overwrite removes.
+_OURS = re.compile(
+    r"config\.json|log\.jsonl|resume\.safetensors|losses\.png|real_samples\.png"
+    r"|fake_samples_epoch_\d+\.png|net[GD]_epoch_\d+\.(pth|safetensors)"
+    r"|events\.out\.tfevents\..*|\..*\.tmp"
+)
+
+
+def replace_file(path: Path, write: bytes | Callable[[BinaryIO], object]) -> None:
+    """Puts a file in place in one move: temporary name, flush to disk, rename.
+
+    Args:
+        path: where it goes; its folder must exist.
+        write: the content, or a function that writes it to an open binary file.
+
+    Raises:
+        OSError: nothing is left of the new file and `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(write) if isinstance(write, bytes) else write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Early check, before long work, that a new run could be written to `path`.
+
+    Raises:
+        UserError: it holds a run, or it cannot be a folder one can write to.
+    """
+    if not overwrite and path.is_dir() and any((path / n).exists() for n in (CONFIG, RESUME)):
+        raise UserError(
+            f"{path} already holds a run; continue it with --resume {path}, replace it with "
+            "--overwrite, or give another --outf"
+        )
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, but a run needs a folder; give another --outf")
+    check_writable(path, "--outf")
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Early check that `path`, which may not exist yet, can be created and written.
+
+    Raises:
+        UserError: it cannot; `flag` is what to change.
+    """
+    parent = path
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if path != parent and not parent.is_dir():
+        raise UserError(f"{path} cannot be created: {parent} is not a folder; give another {flag}")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{parent} is not writable; give another {flag}, or its permissions")
+
+
+class RunFolder:
+    """A run's folder, locked by this process. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+        self._log: BinaryIO | None = None
+
+    @classmethod
+    def create(cls, path: Path, *, overwrite: bool) -> RunFolder:
+        """A folder for a new run.
+
+        Raises:
+            UserError: it holds another run and `overwrite` is not set, another process is
+                training in it, or it cannot be written.
+        """
+        check_new(path, overwrite=overwrite)
+        folder = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder._acquire()
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}); give another --outf"
+            ) from None
+        try:
+            check_new(path, overwrite=overwrite)
+            folder._clear()
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """The folder of a run to be continued.
+
+        Raises:
+            UserError: there is no run in it, or another process is training in it.
+        """
+        read_config(path)
+        folder = cls(path)
+        try:
+            folder._acquire()
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}), so the run in it cannot go on; "
+                "change its permissions or copy it"
+            ) from None
+        for leftover in path.glob(f".*{_TEMPORARY}"):
+            leftover.unlink()
+        return folder
+
+    def _acquire(self) -> None:
+        self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                self.close()
+                raise UserError(
+                    f"another process is training in {self.path}; wait for it, stop it, or give "
+                    "another --outf"
+                ) from None
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+
+    def _clear(self) -> None:
+        # The configuration goes first: without it the folder no longer claims to hold a run.
+        (self.path / CONFIG).unlink(missing_ok=True)
+        for entry in self.path.iterdir():
+            if _OURS.fullmatch(entry.name) and not entry.is_dir():
+                entry.unlink()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives up the lock."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def write(self, name: str, content: bytes | Callable[[BinaryIO], object]) -> None:
+        """Replaces one file, whole or not at all.
+
+        Raises:
+            Failure: the disk refused; the old file is still there.
+        """
+        with self.failing(name):
+            replace_file(self.path / name, content)
+
+    @contextlib.contextmanager
+    def failing(self, name: str) -> Iterator[None]:
+        """Turns an OSError of a write into the sentence that says how to go on."""
+        try:
+            yield
+        except OSError as error:
+            kept = (
+                f"the last checkpoint is kept: free some space, then go on with "
+                f"python -m pygan.train --resume {self.path}"
+                if (self.path / CONFIG).exists()
+                else "free some space or give another --outf"
+            )
+            raise Failure(
+                f"{self.path / name} cannot be saved ({error.strerror or error}); {kept}"
+            ) from error
+
+    def start_log(self, step: int) -> None:
+        """Opens log.jsonl for appending, first cutting back what was logged after `step`."""
+        path = self.path / LOG
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _logged_step(line) <= step]
+            if len(kept) != len(lines):
+                self.write(LOG, b"".join(kept))
+        with self.failing(LOG):
+            self._log = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def log(self, row: dict[str, float]) -> None:
+        """Appends one row to log.jsonl."""
+        assert self._log is not None
+        with self.failing(LOG):
+            line = json.dumps(row).encode() + b"\n"
+            if self._log.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sync_log(self) -> None:
+        """Flushes log.jsonl to the disk, so that a checkpoint never is ahead of it."""
+        assert self._log is not None
+        with self.failing(LOG):
+            os.fsync(self._log.fileno())
+
+    def rows(self) -> list[dict[str, float]]:
+        """Every row of log.jsonl."""
+        with open(self.path / LOG, "rb") as file:
+            return [json.loads(line) for line in file]
+
+
+def _logged_step(line: bytes) -> float:
+    """The step of a log line; infinity for one that a kill tore."""
+    if not line.endswith(b"\n"):
+        return float("inf")
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of the run in `path`.
+
+    Raises:
+        UserError: there is none, or it is not one of ours.
+    """
+    name = path / CONFIG
+    try:
+        content = json.loads(name.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path} holds no run to continue ({CONFIG} is missing); give the folder that "
+            "--outf named, or start a new run without --resume"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be read ({error.strerror}); check its permissions"
+        ) from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not {"pygan", "config", "data"} <= content.keys():
+        raise UserError(
+            f"{name} is damaged or was not written by pygan.train; restore it from a copy, or "
+            "start a new run"
+        )
+    return content
