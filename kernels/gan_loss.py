@@ -60,12 +60,12 @@ def gan_loss_kernel(
         if FIRST_TARGETS:
             t = tl.load(p_first_targets + i, mask=m, other=0.0).to(tl.float32)
         else:
-            t += first_target.to(tl.float32)
+            t += first_target
     else:
         if SECOND_TARGETS:
             t = tl.load(p_second_targets + i, mask=m, other=0.0).to(tl.float32)
         else:
-            t += second_target.to(tl.float32)
+            t += second_target
     value, derivative, probability = _bce(x, t)
     tl.store(p_grad + o_logits, (derivative * scale).to(p_grad.dtype.element_ty), mask=m)
     o_partial = (i_block * 2 + i_term) * 2

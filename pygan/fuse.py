@@ -89,7 +89,9 @@ def _norm_act_layers(norm: nn.Module, activation: nn.Module | None, x: Tensor) -
     if norm.momentum is None and tracked and groups > 1:
         # A cumulative average has another momentum for each group.
         parts = x.chunk(groups)
-        return torch.cat([_one_group(norm, activation, part, by_batch, tracked, 1) for part in parts])
+        return torch.cat(
+            [_one_group(norm, activation, part, by_batch, tracked, 1) for part in parts]
+        )
     return _one_group(norm, activation, x, by_batch, tracked, groups)
 
 
@@ -178,7 +180,7 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
         name, reason = report.skipped[0]
         raise UserError(f"{name} cannot be fused: {reason}; pass strict=False to leave it")
     for container in containers:
-        container.__class__ = FusedSequential
+        container.__class__ = FusedSequential  # type: ignore[assignment]
     return report
 
 

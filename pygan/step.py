@@ -41,7 +41,7 @@ class StepResult(NamedTuple):
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """"off", "bf16" or "fp16" for a wish that may be "auto".
+    """ "off", "bf16" or "fp16" for a wish that may be "auto".
 
     Auto takes bfloat16 where the device computes in it, float16 on older GPUs, else float32.
 
@@ -149,7 +149,7 @@ def _latent_size(G: nn.Module) -> int:
         return nz
     for layer in G.modules():
         if isinstance(layer, (nn.Linear, nn.ConvTranspose2d, nn.Conv2d)):
-            return getattr(layer, "in_features", 0) or layer.in_channels
+            return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     raise UserError("no z was given and the generator does not tell its length; pass z")
 
 
@@ -210,7 +210,7 @@ class AdversarialStep(_Step):
         super().__init__(G, D, opt_g, opt_d, **settings)
         for module in (G, D):
             if any(p.dim() == 4 for p in module.parameters()):
-                module.to(memory_format=torch.channels_last)
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.merge == "auto":
             reason = why_not_mergeable(D)
             self.merge = reason is None

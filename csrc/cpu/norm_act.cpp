@@ -17,8 +17,9 @@ namespace {
 
 constexpr int kStrip = Vec::width == 16 ? 4 : 2;  // vectors of channels held in registers
 constexpr int kLanes = kStrip * Vec::width;
-constexpr int64_t kChunkRows = 64;      // a strip of so many rows stays in the first-level cache
-constexpr int64_t kChunkValues = 4096;  // so does this much of one contiguous channel
+// A lane sums so many values in float32 before they join float64 sums.
+constexpr int64_t kChunkRows = 16;
+constexpr int64_t kChunkValues = kChunkRows * Vec::width;
 constexpr int64_t kSerialValues = 1 << 14;  // below this a second thread costs more than it gives
 
 // Strips of a row of channels: K whole vectors, or the first `count` lanes of one.
@@ -92,14 +93,8 @@ template <Activation A>
 Vec through_activation(Vec dy, Vec z, Vec slope) {
   if constexpr (A == Activation::relu) return if_positive(z, dy, Vec(0.0f));
   if constexpr (A == Activation::leaky_relu) return if_positive(z, dy, dy * slope);
-  if constexpr (A == Activation::tanh) {
-    const Vec t = tanh(z);
-    return dy * (Vec(1.0f) - t * t);
-  }
-  if constexpr (A == Activation::sigmoid) {
-    const Vec s = sigmoid(z);
-    return dy * (s * (Vec(1.0f) - s));
-  }
+  if constexpr (A == Activation::tanh) return dy * tanh_slope(z);
+  if constexpr (A == Activation::sigmoid) return dy * sigmoid_slope(z);
   return dy;
 }
 
@@ -134,36 +129,53 @@ void merge(double count, double n, double mean_n, double square_n, double& mean,
   square += square_n + delta * delta * count * share;
 }
 
+// total[c] += the c-th of K vectors' lanes.
+template <int K>
+void add_lanes(const Vec* value, int count, double* total) {
+  float lanes[K * Vec::width];
+  for (int k = 0; k < K; ++k) store(lanes + k * Vec::width, value[k]);
+  for (int c = 0; c < count; ++c) total[c] += lanes[c];
+}
+
+// Sums about a shift -> mean and sum of squared deviations of n values. With the mean of the first
+// chunk as shift, the subtraction loses no more than the spread of the chunks allows.
+void from_shifted(double n, double shift, double& first, double& second) {
+  const double mean = first / n;
+  second = std::max(0.0, second - first * mean);
+  first = shift + mean;
+}
+
 template <class T, class Lanes>
 void strip_moments(const T* x, int64_t rows, int64_t stride, Lanes lanes, double* mean,
                    double* square) {
   constexpr int K = Lanes::vectors;
   std::fill_n(mean, lanes.count(), 0.0);
   std::fill_n(square, lanes.count(), 0.0);
+  Vec shift[K];
+  for (int k = 0; k < K; ++k) shift[k] = Vec(0.0f);
+  const int64_t head = std::min(kChunkRows, rows);
+  for (int64_t i = 0; i < head; ++i) {
+    for (int k = 0; k < K; ++k) shift[k] = shift[k] + lanes.get(x + i * stride, k);
+  }
+  for (int k = 0; k < K; ++k) shift[k] = shift[k] * Vec(1.0f / static_cast<float>(head));
   for (int64_t row = 0; row < rows; row += kChunkRows) {
-    const int64_t n = std::min(kChunkRows, rows - row);
-    const T* chunk = x + row * stride;
-    Vec centre[K], deviation[K];
-    for (int k = 0; k < K; ++k) centre[k] = deviation[k] = Vec(0.0f);
-    for (int64_t i = 0; i < n; ++i) {
-      for (int k = 0; k < K; ++k) centre[k] = centre[k] + lanes.get(chunk + i * stride, k);
-    }
-    for (int k = 0; k < K; ++k) centre[k] = centre[k] * Vec(1.0f / static_cast<float>(n));
-    for (int64_t i = 0; i < n; ++i) {
+    const int64_t end = std::min(row + kChunkRows, rows);
+    Vec first[K], second[K];
+    for (int k = 0; k < K; ++k) first[k] = second[k] = Vec(0.0f);
+    for (int64_t i = row; i < end; ++i) {
       for (int k = 0; k < K; ++k) {
-        const Vec d = lanes.get(chunk + i * stride, k) - centre[k];
-        deviation[k] = fma(d, d, deviation[k]);
+        const Vec d = lanes.get(x + i * stride, k) - shift[k];
+        first[k] = first[k] + d;
+        second[k] = fma(d, d, second[k]);
       }
     }
-    float centres[K * Vec::width], deviations[K * Vec::width];
-    for (int k = 0; k < K; ++k) {
-      store(centres + k * Vec::width, centre[k]);
-      store(deviations + k * Vec::width, deviation[k]);
-    }
-    for (int c = 0; c < lanes.count(); ++c) {
-      merge(static_cast<double>(row), static_cast<double>(n), centres[c], deviations[c], mean[c],
-            square[c]);
-    }
+    add_lanes<K>(first, lanes.count(), mean);
+    add_lanes<K>(second, lanes.count(), square);
+  }
+  float shifts[K * Vec::width];
+  for (int k = 0; k < K; ++k) store(shifts + k * Vec::width, shift[k]);
+  for (int c = 0; c < lanes.count(); ++c) {
+    from_shifted(static_cast<double>(rows), shifts[c], mean[c], square[c]);
   }
 }
 
@@ -212,15 +224,8 @@ void strip_sums(const T* x, const T* dy, int64_t rows, int64_t stride, Lanes lan
         b[k] = fma(dz, d, b[k]);
       }
     }
-    float sums[K * Vec::width], products[K * Vec::width];
-    for (int k = 0; k < K; ++k) {
-      store(sums + k * Vec::width, a[k]);
-      store(products + k * Vec::width, b[k]);
-    }
-    for (int c = 0; c < lanes.count(); ++c) {
-      sum_dz[c] += sums[c];
-      sum_dzx[c] += products[c];
-    }
+    add_lanes<K>(a, lanes.count(), sum_dz);
+    add_lanes<K>(b, lanes.count(), sum_dzx);
   }
 }
 
@@ -257,26 +262,32 @@ template <class T>
 void channel_moments(const T* x, int64_t planes, int64_t spatial, int64_t stride, double& mean,
                      double& square) {
   mean = square = 0.0;
-  double count = 0.0;
+  float shift = 0.0f;
+  bool started = false;
   for_each_chunk(planes, spatial, [&](int64_t n, int64_t n_planes, int64_t s, int64_t length) {
-    const T* chunk = x + n * stride + s;
-    const float size = static_cast<float>(n_planes * length);
-    Vec total(0.0f), deviation(0.0f);
-    for (int64_t i = 0; i < n_planes; ++i) {
-      for_each_vector(length, [&](int64_t j, auto lanes) {
-        total = total + lanes.get(chunk + i * stride + j, 0);
-      });
+    const auto each = [&](auto&& use) {
+      for (int64_t i = n; i < n + n_planes; ++i) {
+        for_each_vector(length, [&](int64_t j, auto lanes) {
+          use(lanes.get(x + i * stride + s + j, 0), lanes.count());
+        });
+      }
+    };
+    if (!started) {
+      Vec total(0.0f);
+      each([&](Vec value, int) { total = total + value; });
+      shift = sum(total) / static_cast<float>(n_planes * length);
+      started = true;
     }
-    const float centre = sum(total) / size;
-    for (int64_t i = 0; i < n_planes; ++i) {
-      for_each_vector(length, [&](int64_t j, auto lanes) {
-        const Vec d = keep(lanes.get(chunk + i * stride + j, 0) - Vec(centre), lanes.count());
-        deviation = fma(d, d, deviation);
-      });
-    }
-    merge(count, size, centre, sum(deviation), mean, square);
-    count += size;
+    Vec first(0.0f), second(0.0f);
+    each([&](Vec value, int count) {
+      const Vec d = keep(value - Vec(shift), count);
+      first = first + d;
+      second = fma(d, d, second);
+    });
+    mean += sum(first);
+    square += sum(second);
   });
+  from_shifted(static_cast<double>(planes * spatial), shift, mean, square);
 }
 
 template <Activation A, class T>

@@ -45,6 +45,18 @@ inline Vec sigmoid(Vec x) {
   return if_positive(x, Vec(1.0f), e) / (Vec(1.0f) + e);
 }
 
+// Derivatives of tanh and sigmoid, from the exponential: 1 - t^2 and s (1 - s) would cancel.
+inline Vec tanh_slope(Vec x) {
+  const Vec e = exp_negative(abs(x) * Vec(-2.0f));
+  const Vec d = Vec(1.0f) + e;
+  return Vec(4.0f) * e / (d * d);
+}
+inline Vec sigmoid_slope(Vec x) {
+  const Vec e = exp_negative(Vec(0.0f) - abs(x));
+  const Vec d = Vec(1.0f) + e;
+  return e / (d * d);
+}
+
 // Near zero a Pade approximant (1 - exp(-2|x|) would cancel), elsewhere the exponential.
 inline Vec tanh(Vec x) {
   const Vec magnitude = abs(x);

@@ -1,9 +1,10 @@
 // Vectors of 16 floats. bfloat16 is rounded by the CPU where it can, else in integers.
 #pragma once
 
-// GCC 12's own header reads a register that it declares undefined on purpose.
+// GCC 12's own header reads registers that it declares undefined on purpose.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 

@@ -41,9 +41,7 @@ def gan_loss_ref(logits: Tensor, terms: tuple[Term, ...]) -> tuple[Tensor, Tenso
     probabilities = []
     for part, term in zip(x.split([t.size for t in terms]), terms, strict=True):
         target = torch.as_tensor(term.target, dtype=x.dtype, device=x.device)
-        loss = loss + term.weight * F.binary_cross_entropy_with_logits(
-            part, target.expand_as(part)
-        )
+        loss = loss + term.weight * F.binary_cross_entropy_with_logits(part, target.expand_as(part))
         probabilities.append(torch.sigmoid(part).mean())
     return loss, torch.stack(probabilities).detach()
 
@@ -115,9 +113,7 @@ class _GanLoss(torch.autograd.Function):
         return grad * grads[0], None, None
 
 
-def gan_loss(
-    logits: Tensor, terms: tuple[Term, ...], impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
+def gan_loss(logits: Tensor, terms: tuple[Term, ...], impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Loss ``[]`` and mean probabilities ``[len(terms)]`` (float32) of flat ``logits [n]``, whose
     consecutive runs are described by ``terms`` (one or two, sizes adding up to n)."""
     chosen = dispatch.choose(

@@ -15,7 +15,9 @@ from pygan.errors import UserError
 from pygan.ops import dispatch, native
 
 
-def image_batch_ref(images: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
+def image_batch_ref(
+    images: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """The definition in torch."""
     batch = images[index]
     if flip is not None:

@@ -181,7 +181,7 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd, running_var = ctx.saved_tensors
-        training, momentum, eps, activation, slope, groups = ctx.settings
+        training, _, _, activation, slope, groups = ctx.settings
         (dy,) = grads
         wants = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
@@ -227,7 +227,8 @@ def _differentiable_grads(
     settings: tuple[Any, ...],
 ) -> list[Tensor | None]:
     """Gradients as functions of dy, x, weight and bias: those of the reference."""
-    inputs = [t for t, wanted in zip((x, weight, bias), wants, strict=True) if wanted]
+    tensors = zip((x, weight, bias), wants, strict=True)
+    inputs = [t for t, wanted in tensors if wanted and t is not None]
     y = norm_act_ref(x, running_mean, running_var, weight, bias, *settings)
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     return [next(found) if wanted else None for wanted in wants]

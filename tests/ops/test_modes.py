@@ -1,0 +1,69 @@
+"""The tests of this folder again, on lower instruction sets and in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pygan.ops import native
+
+HERE = Path(__file__).resolve().parent
+
+
+def run_again(marker: str, **environment: str) -> None:
+    tests = [str(HERE / f"test_{name}.py") for name in ("norm_act", "gan_loss", "image_batch")]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-m",
+            marker,
+            "-p",
+            "no:cacheprovider",
+            *tests,
+        ],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.native
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_lower_instruction_sets(isa: str) -> None:
+    module = native.load()
+    assert module is not None
+    if isa not in module.isas():
+        assert isa != "avx2", "the native kernels are loaded, so AVX2 runs"
+        pytest.skip(f"this CPU has no {isa}")
+    run_again("native", PYGAN_ISA=isa)
+
+
+@pytest.mark.triton
+@pytest.mark.slow
+def test_triton_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_again("triton", TRITON_INTERPRET="1")
+
+
+@pytest.mark.native
+def test_unknown_instruction_set_is_named() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import pygan.ops.native as n; n.load()"],
+        env=os.environ | {"PYGAN_ISA": "avx1024"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "PYGAN_ISA is 'avx1024'" in done.stderr
