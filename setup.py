@@ -194,6 +194,8 @@ def run_logged(command: list[str], output: list[str]) -> bool:
     return process.returncode == 0
 
 
+DATA = ["pillow>=10.1", "tqdm>=4.65"]
+VIZ = ["matplotlib>=3.8", "tensorboard>=2.14"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "psutil>=5.9"]
 # One test builds wheels, without a network: what pyproject.toml asks for has to be there.
 TEST = [
@@ -236,17 +238,19 @@ setup(
     install_requires=[
         "torch>=2.9",
         "numpy>=1.24",
-        "pillow>=10.1",
-        "tqdm>=4.65",
+        *DATA,
+        *VIZ,
         "safetensors>=0.4.3",
-        "tensorboard>=2.14",
-        "matplotlib>=3.8",
         "nvidia-ml-py>=12; sys_platform == 'linux'",
         f"triton>=3.5; {LINUX_X86_64}",
     ],
     extras_require={
         "test": TEST,
         "bench": BENCH,
+        # Required already; the names say which part of pygan needs what.
+        "data": DATA,
+        "viz": VIZ,
+        "eval": DATA,
         "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "clang-format==23.1.5"],
     },
     entry_points={"console_scripts": ["pygan = pygan.__main__:main"]},
