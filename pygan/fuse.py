@@ -180,7 +180,7 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
         name, reason = report.skipped[0]
         raise UserError(f"{name} cannot be fused: {reason}; pass strict=False to leave it")
     for container in containers:
-        container.__class__ = FusedSequential  # type: ignore[assignment]
+        container.__class__ = FusedSequential
     return report
 
 
@@ -212,7 +212,7 @@ def unfuse(module: nn.Module) -> None:
     """Undoes :func:`fuse`: every container is a plain ``nn.Sequential`` again."""
     for container in module.modules():
         if type(container) is FusedSequential:
-            container.__class__ = nn.Sequential
+            container.__class__ = nn.Sequential  # type: ignore[assignment]
 
 
 _SAMPLE_WISE = (

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import copy
+import io
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pygan
+from pygan.fuse import FusedSequential, why_not_mergeable
+from pygan.ops.norm_act import batch_groups
+
+
+def blocks() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8, 0.8),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(8, 6, 4, 2, 1),
+        nn.BatchNorm2d(6, momentum=None),
+        nn.ReLU(True),
+        nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6, affine=False), nn.Tanh()),
+        nn.BatchNorm2d(6, track_running_stats=False),
+    )
+
+
+def forward_backward(module: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    parameters = list(module.parameters())
+    grads = torch.autograd.grad(y.square().mean() + y[:, :1].sin().sum(), [x, *parameters])
+    return [y.detach(), *grads, *[b.clone() for b in module.buffers()]]
+
+
+def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(1)
+    plain = blocks()
+    fused = copy.deepcopy(plain)
+    report = pygan.fuse(fused)
+    assert len(report.fused) == 4
+    assert report.skipped == []
+    return plain, fused
+
+
+def test_same_numbers_in_training_and_evaluation() -> None:
+    plain, fused = pair()
+    for step in range(3):
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        assert_same(forward_backward(plain, x), forward_backward(fused, x))
+    plain.eval()
+    fused.eval()
+    assert_same(forward_backward(plain, x), forward_backward(fused, x))
+
+
+def test_fused_blocks_call_the_fused_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fused = pair()
+    # pygan.fuse the function hides pygan.fuse the module.
+    module = sys.modules["pygan.fuse"]
+    calls = []
+    real = module.norm_act
+
+    def watched(*args: object, **kwargs: object) -> Tensor:
+        calls.append(kwargs["activation"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "norm_act", watched)
+    fused(torch.randn(4, 3, 8, 8))
+    assert calls == ["leaky_relu", "relu", "tanh", "none"]
+
+
+def test_state_class_names_and_undo() -> None:
+    plain, fused = pair()
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    names = [type(m).__name__ for m in fused.modules() if not list(m.children())]
+    assert names == [type(m).__name__ for m in plain.modules() if not list(m.children())]
+    assert isinstance(fused, nn.Sequential)
+    again = pygan.fuse(fused)
+    assert len(again.fused) == 4
+    pygan.unfuse(fused)
+    assert [type(m) for m in fused.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_copies_and_pickles_stay_fused() -> None:
+    plain, fused = pair()
+    buffer = io.BytesIO()
+    torch.save(fused, buffer)
+    buffer.seek(0)
+    x = torch.randn(4, 3, 8, 8)
+    expected = forward_backward(plain, x)
+    for other in (copy.deepcopy(fused), torch.load(buffer, weights_only=False)):
+        assert type(other) is FusedSequential
+        assert_same(expected, forward_backward(other, x))
+
+
+def test_double_half_and_tracing_still_work() -> None:
+    plain, fused = pair()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    a = forward_backward(plain.double(), x)
+    for p, q in zip(a, forward_backward(fused.double(), x), strict=True):
+        torch.testing.assert_close(p, q)
+    traced = torch.fx.symbolic_trace(fused.eval())
+    torch.testing.assert_close(traced(x), plain.eval()(x))
+
+
+def test_hooks_are_honoured_whenever_they_come() -> None:
+    _, fused = pair()
+    seen: list[str] = []
+    handle = fused[1].register_forward_hook(lambda *_: seen.append("norm"))
+    fused[5].register_forward_pre_hook(lambda *_: seen.append("activation"))
+    fused(torch.randn(4, 3, 8, 8))
+    assert seen == ["norm", "activation"]
+    report = pygan.fuse(fused)
+    assert ("1 BatchNorm2d", "it has hooks") in report.skipped
+    handle.remove()
+    fused(torch.randn(4, 3, 8, 8))
+    assert seen == ["norm", "activation", "activation"]
+
+
+def test_global_hooks_see_every_layer() -> None:
+    _, fused = pair()
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda m, *_: seen.append(type(m).__name__)
+    )
+    try:
+        fused(torch.randn(4, 3, 8, 8))
+    finally:
+        handle.remove()
+    assert seen.count("BatchNorm2d") == 4
+
+
+def test_report_names_what_is_left() -> None:
+    class Attribute(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(x))
+
+    class OwnNorm(nn.BatchNorm2d):
+        pass
+
+    network = nn.Sequential(Attribute(), OwnNorm(3), nn.BatchNorm2d(3), nn.ReLU())
+    report = pygan.fuse(network)
+    assert report.fused == ["2 BatchNorm2d + 3 ReLU"]
+    assert report.skipped == [
+        ("1 OwnNorm", "OwnNorm is a class of its own"),
+        ("0.norm", "it is not called by a nn.Sequential"),
+    ]
+    assert str(report).splitlines()[0].split() == ["2", "BatchNorm2d", "+", "3", "ReLU", "fused"]
+    with pytest.raises(pygan.UserError, match="OwnNorm"):
+        pygan.fuse(copy.deepcopy(network), strict=True)
+
+
+def test_wrong_input_keeps_torch_errors() -> None:
+    norm = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    pygan.fuse(norm)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        norm(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm(torch.randn(1, 3, 1, 1))
+
+
+def test_groups_equal_calls_in_order() -> None:
+    plain, fused = pair()
+    halves = torch.randn(2, 4, 3, 8, 8)
+    one_by_one = torch.cat([plain(half) for half in halves])
+    with batch_groups(2):
+        together = fused(halves.flatten(0, 1))
+    torch.testing.assert_close(one_by_one, together, rtol=1e-4, atol=1e-5)
+    assert_same(list(plain.buffers()), list(fused.buffers()))
+
+
+def test_what_may_be_merged() -> None:
+    _, network = pygan.models.dcgan(32, 1, ngf=4, ndf=4)
+    reason = why_not_mergeable(network)
+    assert reason is not None and "BatchNorm2d" in reason
+    pygan.fuse(network)
+    assert why_not_mergeable(network) is None
+    network.main[0].register_forward_hook(lambda *_: None)
+    reason = why_not_mergeable(network)
+    assert reason is not None and "hooks" in reason
+
+    class Deviation(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0)
+
+    for layer in (Deviation(), nn.Dropout(0.5), nn.InstanceNorm2d(3, track_running_stats=True)):
+        reason = why_not_mergeable(nn.Sequential(nn.Conv2d(3, 3, 1), layer))
+        assert reason is not None and type(layer).__name__ in reason
+    spectral = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)))
+    assert why_not_mergeable(spectral) is not None
