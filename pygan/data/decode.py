@@ -1,9 +1,9 @@
 """From an encoded image to 8-bit grey or RGB pixels of the size that is trained on.
 
 Rules: EXIF orientation is applied; transparent pixels are composited on white; palettes are looked
-up; CMYK, YCbCr and HSV go through Pillow's conversion and LAB through littleCMS; 16-bit and 32-bit
-integers are scaled from 0..65535; floating point is read as 0..1, or as 0..255 if any value is
-above 1; of an animation the first frame is taken. ICC profiles are ignored.
+up; CMYK, YCbCr, HSV and LAB go through Pillow's conversion; 16-bit and 32-bit integers are scaled
+from 0..65535; floating point is read as 0..1, or as 0..255 if any value is above 1; of an animation
+the first frame is taken. ICC profiles are ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -91,11 +91,6 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, image).convert("RGB")
     if mode in ("L", "1"):
         return image.convert("L")
-    if mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        assert converted is not None
-        return converted
     return image.convert("RGB")
 
 

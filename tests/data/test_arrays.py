@@ -101,7 +101,9 @@ def test_idx_with_the_labels_beside_it(tmp_path: Path, packed: bool) -> None:
     (tmp_path / f"train-labels-idx1-ubyte{suffix}").write_bytes(write(idx(labels)))
     labelled = data.load(path, image_size=32)
     assert labelled.labels is not None and labelled.labels.tolist() == list(range(6))
-    assert labelled.fingerprint != alone.fingerprint
+    (tmp_path / f"train-labels-idx1-ubyte{suffix}").write_bytes(write(idx(labels[::-1])))
+    reversed_labels = data.load(path, image_size=32)
+    assert len({alone.fingerprint, labelled.fingerprint, reversed_labels.fingerprint}) == 3
 
 
 def test_kinds_are_known_by_content_where_the_name_says_nothing(tmp_path: Path) -> None:

@@ -147,7 +147,8 @@ def test_a_zip_is_read_like_a_folder(tmp_path: Path) -> None:
         archive.writestr("top/cat/1.png", packed(20))
         archive.writestr("top/dog/1.png", b"broken")
         archive.writestr("top/readme.txt", "not an image")
-        archive.writestr("__MACOSX/top/cat/._1.png", b"resource fork")
+        archive.writestr("__MACOSX/top/cat/1.png", b"resource fork")
+        archive.writestr("top/.cache/1.png", packed(40))
     images = data.load(tmp_path / "photos.zip", image_size=16)
     assert values(images) == [20, 30]
     assert images.labels is not None and images.labels.tolist() == [0, 1]
