@@ -1,0 +1,189 @@
+"""What the numbers were measured on: conditions, peaks, memory, energy."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+GEMM_SIZE = 2048
+COPY_BYTES = 256 * 2**20
+ENERGY_SECONDS = 2.0
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for ``device``; a CPU has nothing queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """Instruction set pygan's CPU kernels run with, or "none" where they are not built."""
+    try:
+        from pygan import _C
+    except ImportError:
+        return "none"
+    return str(_C.isa())
+
+
+def _pygan_version() -> str:
+    try:
+        return importlib.metadata.version("pygan")
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree"
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge a number. Names neither host nor user."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "device_type": device.type,
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "logical_cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": instruction_set(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "pygan": _pygan_version(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _fastest(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    work()
+    best = float("inf")
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure_peaks(device: torch.device, repeats: int = 5) -> dict[str, float]:
+    """Measured peaks: ``gflops_fp32``, ``gflops_bf16`` (square GEMM), ``gb_per_s`` (large copy).
+
+    The fastest of ``repeats``: a peak is what the machine can do, not what it does on average.
+    The copy counts the bytes read and the bytes written.
+    """
+    peaks = {}
+    n = GEMM_SIZE if device.type == "cpu" else 4 * GEMM_SIZE
+    for name, dtype in (("gflops_fp32", torch.float32), ("gflops_bf16", torch.bfloat16)):
+        a = torch.randn(n, n, device=device, dtype=dtype)
+        b = torch.randn(n, n, device=device, dtype=dtype)
+        made = torch.empty_like(a)
+        seconds = _fastest(functools.partial(torch.mm, a, b, out=made), device, repeats)
+        peaks[name] = 2e-9 * n**3 / seconds
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = _fastest(lambda: target.copy_(source), device, repeats)
+    peaks["gb_per_s"] = 2e-9 * COPY_BYTES / seconds
+    return peaks
+
+
+def _status_bytes(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS} has no {field}")
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, so that it is not taken for memory in use."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return
+
+
+class PeakMemory:
+    """Peak memory of what runs inside a ``with`` block, in ``.bytes``; None where unknown.
+
+    On a CPU: growth of the resident set from the start of the block to its high-water mark, which
+    Linux resets through /proc/self/clear_refs. It holds everything the block adds to the process:
+    weights, optimizer state, activations, scratch of any library, allocator overhead. It does not
+    hold what libraries had set up before, so run something small of the same kind first.
+    On a GPU: torch's allocator, peak allocated above what was allocated at the start.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+        self._start: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        _trim()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device)
+            return self
+        try:
+            _CLEAR_REFS.write_text("5")
+            self._start = _status_bytes("VmRSS")
+        except OSError:
+            self._start = None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._start is None:
+            return
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start
+        else:
+            self.bytes = _status_bytes("VmHWM") - self._start
+
+
+def energy_per_call(work: Callable[[], object], device: torch.device) -> dict[str, float] | None:
+    """Joules a call, mean watts and clock over about two seconds, from NVML; None elsewhere.
+
+    Taken apart from the timed rounds: the energy counter moves too rarely for a single round.
+    """
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        synchronize(device)
+        before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        start, calls = time.perf_counter(), 0
+        while time.perf_counter() - start < ENERGY_SECONDS:
+            work()
+            synchronize(device)
+            calls += 1
+        seconds = time.perf_counter() - start
+        clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
+        joules = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1000.0
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return {"joules": joules / calls, "watts": joules / seconds, "sm_mhz": float(clock)}

@@ -1,0 +1,235 @@
+"""Time all sides of a case in turn, and describe what came out."""
+
+from __future__ import annotations
+
+import gc
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks import machine
+from benchmarks.ratio import speed_ratio, spread
+from benchmarks.work import Work
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to do the work of a case.
+
+    ``build(device)`` sets up everything and returns the call to be timed. ``full_only`` sides are
+    left out by --quick.
+    """
+
+    name: str
+    precision: str
+    build: Callable[[torch.device], Call]
+    work: Work
+    baseline: bool = False
+    full_only: bool = False
+
+    @property
+    def id(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work that several sides do. ``check(device, sides)`` raises CheckFailed if one is wrong.
+
+    ``images`` is how many images one call handles; ``about`` names the conditions of the case.
+    """
+
+    name: str
+    about: str
+    images: int
+    sides: tuple[Side, ...]
+    check: Callable[[torch.device, Sequence[Side]], None]
+
+    def side(self, side_id: str) -> Side:
+        return next(side for side in self.sides if side.id == side_id)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure: rounds, and the least seconds of one sample and of the warm-up."""
+
+    rounds: int
+    sample_seconds: float
+    warmup_calls: int
+    warmup_seconds: float
+    peak_repeats: int
+
+
+FULL = Plan(rounds=15, sample_seconds=0.25, warmup_calls=3, warmup_seconds=0.5, peak_repeats=7)
+# 6 is the least number of rounds whose range is a 95% interval of the median.
+QUICK = Plan(rounds=6, sample_seconds=0.01, warmup_calls=1, warmup_seconds=0.02, peak_repeats=2)
+
+
+@dataclass
+class Samples:
+    """What was recorded of one side: seconds per sample, and how many calls a sample held."""
+
+    iterations: int
+    durations: list[float] = field(default_factory=list)
+    peak_memory: int | None = None
+    energy: dict[str, float] | None = None
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds per call."""
+        return [duration / self.iterations for duration in self.durations]
+
+
+def _timed(call: Call, iterations: int, device: torch.device) -> float:
+    machine.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(iterations):
+        call()
+    machine.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _warm_up(call: Call, plan: Plan, device: torch.device) -> float:
+    """Warm up, and return the seconds of the fastest call."""
+    started, best, calls = time.perf_counter(), math.inf, 0
+    while calls < plan.warmup_calls or time.perf_counter() - started < plan.warmup_seconds:
+        best = min(best, _timed(call, 1, device))
+        calls += 1
+    return best
+
+
+def interleave(
+    calls: Sequence[Call], iterations: Sequence[int], rounds: int, device: torch.device
+) -> list[list[float]]:
+    """Seconds of ``iterations[i]`` calls of ``calls[i]``, A B C A B C, as ``[side][round]``.
+
+    The garbage collector runs between the samples, never inside one.
+    """
+    durations: list[list[float]] = [[] for _ in calls]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for call, times, row in zip(calls, iterations, durations, strict=True):
+                gc.collect(0)
+                row.append(_timed(call, times, device))
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return durations
+
+
+def measure(
+    case: Case, sides: Sequence[Side], plan: Plan, device: torch.device
+) -> dict[str, Samples]:
+    """Check ``sides``, then time them in turn. Samples by side id."""
+    case.check(device, sides)
+    calls, samples = [], []
+    for side in sides:
+        with machine.PeakMemory(device) as memory:
+            call = side.build(device)
+            once = _warm_up(call, plan, device)
+        calls.append(call)
+        iterations = max(1, math.ceil(plan.sample_seconds / once))
+        samples.append(Samples(iterations, peak_memory=memory.bytes))
+    rows = interleave(calls, [sample.iterations for sample in samples], plan.rounds, device)
+    for call, sample, row in zip(calls, samples, rows, strict=True):
+        sample.durations = row
+        sample.energy = machine.energy_per_call(call, device)
+    return {side.id: sample for side, sample in zip(sides, samples, strict=True)}
+
+
+def describe(
+    case: Case, side: Side, samples: dict[str, Samples], peaks: dict[str, float]
+) -> dict[str, Any]:
+    """The record of one side: rates, shares of the peaks, memory, ratios to each baseline."""
+    own = samples[side.id]
+    seconds = own.seconds
+    median, q1, q3 = spread(seconds)
+    gflops, gbs = side.work.flops / median / 1e9, side.work.bytes / median / 1e9
+    record = {
+        "case": case.name,
+        "about": case.about,
+        "side": side.name,
+        "precision": side.precision,
+        "baseline": side.baseline,
+        "images": case.images,
+        "rounds": len(seconds),
+        "iterations": own.iterations,
+        "milliseconds": 1e3 * median,
+        "images_per_second": case.images / median,
+        "images_per_second_q1": case.images / q3,
+        "images_per_second_q3": case.images / q1,
+        "flops_per_image": side.work.flops / case.images,
+        "bytes_per_image": side.work.bytes / case.images,
+        "gflop_per_s": gflops,
+        "gb_per_s": gbs,
+        "share_of_peak_flops": gflops / peaks[f"gflops_{side.precision}"],
+        "share_of_peak_bandwidth": gbs / peaks["gb_per_s"],
+        "peak_memory_bytes": own.peak_memory,
+        "ratios": {
+            other.name: speed_ratio(seconds, samples[other.id].seconds)._asdict()
+            for other in case.sides
+            if other.baseline and other.id in samples
+        },
+    }
+    if own.energy:
+        record["energy"] = {
+            "joules_per_image": own.energy["joules"] / case.images,
+            "watts": own.energy["watts"],
+            "sm_mhz": own.energy["sm_mhz"],
+        }
+    return record
+
+
+class Session:
+    """Measures each case once, when its first test asks, with the sides that were selected."""
+
+    def __init__(
+        self, selected: Iterable[tuple[str, str]], plan: Plan, device: torch.device
+    ) -> None:
+        self.plan = plan
+        self.device = device
+        self._selected = set(selected)
+        self._results: dict[str, dict[str, Samples] | BaseException] = {}
+        self._peaks: dict[str, float] | None = None
+        self.conditions = machine.conditions(device)
+
+    def sides(self, case: Case) -> list[Side]:
+        """Sides of ``case`` that are selected."""
+        return [side for side in case.sides if (case.name, side.id) in self._selected]
+
+    def peaks(self) -> dict[str, float]:
+        if self._peaks is None:
+            self._peaks = machine.measure_peaks(self.device, self.plan.peak_repeats)
+        return self._peaks
+
+    def samples(self, case: Case) -> dict[str, Samples]:
+        """Samples of all sides of ``case``; what went wrong is raised again for each of them."""
+        if case.name not in self._results:
+            try:
+                self.peaks()
+                self._results[case.name] = measure(case, self.sides(case), self.plan, self.device)
+            except Exception as error:
+                self._results[case.name] = error
+        result = self._results[case.name]
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def record(self, case: Case, side: Side) -> dict[str, Any]:
+        """Everything about one side, for ``extra_info``."""
+        peaks = self.peaks()
+        return {
+            **describe(case, side, self.samples(case), peaks),
+            "peaks": peaks,
+            "conditions": self.conditions,
+        }
