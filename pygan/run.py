@@ -30,6 +30,15 @@ _OURS = re.compile(
     r"|fake_samples_epoch_\d+\.png|net[GD]_epoch_\d+\.(pth|safetensors)"
     r"|events\.out\.tfevents\..*|\..*\.tmp"
 )
+_TEMPORARIES = re.compile(r"\..*\.tmp")
+# What may be left of a run that was killed before its configuration was written; events come from
+# any program.
+_UNBORN = re.compile(r"log\.jsonl|resume\.safetensors|real_samples\.png|events\..*|\..*\.tmp")
+
+
+def full(error: OSError) -> bool:
+    """Whether a write failed for want of room or a broken disk, and not by the user's choice."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def replace_file(path: Path, write: bytes | Callable[[BinaryIO], object]) -> None:
@@ -68,13 +77,22 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def _holds_run(path: Path) -> bool:
+    """Whether a new run in this folder would replace something of an older one."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir() if _OURS.fullmatch(entry.name)}
+    logged = LOG in names and (path / LOG).stat().st_size > 0
+    return logged or not all(_UNBORN.fullmatch(name) for name in names)
+
+
 def check_new(path: Path, *, overwrite: bool) -> None:
     """Early check, before long work, that a new run could be written to `path`.
 
     Raises:
         UserError: it holds a run, or it cannot be a folder one can write to.
     """
-    if not overwrite and path.is_dir() and any((path / n).exists() for n in (CONFIG, RESUME)):
+    if not overwrite and _holds_run(path):
         raise UserError(
             f"{path} already holds a run; continue it with --resume {path}, replace it with "
             "--overwrite, or give another --outf"
@@ -126,7 +144,7 @@ class RunFolder:
             ) from None
         try:
             check_new(path, overwrite=overwrite)
-            folder._clear()
+            folder._clear(_OURS if overwrite else _TEMPORARIES)
         except BaseException:
             folder.close()
             raise
@@ -148,8 +166,7 @@ class RunFolder:
                 f"{path} cannot be written ({error.strerror}), so the run in it cannot go on; "
                 "change its permissions or copy it"
             ) from None
-        for leftover in path.glob(f".*{_TEMPORARY}"):
-            leftover.unlink()
+        folder._clear(_TEMPORARIES)
         return folder
 
     def _acquire(self) -> None:
@@ -166,11 +183,11 @@ class RunFolder:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
 
-    def _clear(self) -> None:
+    def _clear(self, names: re.Pattern[str]) -> None:
         # The configuration goes first: without it the folder no longer claims to hold a run.
-        (self.path / CONFIG).unlink(missing_ok=True)
-        for entry in self.path.iterdir():
-            if _OURS.fullmatch(entry.name) and not entry.is_dir():
+        found = [entry for entry in self.path.iterdir() if names.fullmatch(entry.name)]
+        for entry in sorted(found, key=lambda entry: entry.name != CONFIG):
+            if not entry.is_dir():
                 entry.unlink()
 
     def __enter__(self) -> RunFolder:

@@ -24,7 +24,7 @@ import pygan
 from pygan import cli
 from pygan.checkpoint import load_generator
 from pygan.errors import UserError
-from pygan.run import check_writable, replace_file, sync_folder
+from pygan.run import check_writable, full, replace_file, sync_folder
 
 PROG = "python -m pygan.sample"
 COLUMNS = 8
@@ -218,7 +218,8 @@ def _sample(argv: list[str] | None) -> int:
             picture = grid(np.concatenate(list(batches)))
             replace_file(out, encode(picture, out.suffix.lower()))
     except OSError as error:
-        raise cli.Failure(
+        kind = cli.Failure if full(error) else UserError
+        raise kind(
             f"{out} cannot be written ({error.strerror or error}); free some space or give "
             "another --out"
         ) from error

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import TINY, numbers, resume, session, start, train, weights
 
 from pygan import checkpoint
+from pygan.train import main
 
 STEPS = 700
 
@@ -96,6 +97,24 @@ def test_kill_and_resume_ends_in_the_same_bytes(tmp_path: Path) -> None:
     for picture in ("real_samples.png", "fake_samples_epoch_000.png", "fake_samples_epoch_010.png"):
         assert (run / picture).read_bytes() == (whole / picture).read_bytes()
     assert not list(run.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_is_created_is_either_there_or_not(tmp_path: Path) -> None:
+    flags = [*TINY, "--steps=2"]
+    assert train("--steps=2", f"--outf={tmp_path / 'whole'}") == 0
+    created = set()
+    for place in ("fsync", "replace"):
+        for count in range(1, 9):
+            run = tmp_path / f"{place}{count}"
+            with session([*flags, f"--outf={run}"], (place, count)) as (process, output):
+                output.read()
+                process.join()
+            assert process.exitcode == -signal.SIGKILL
+            created.add((run / "config.json").exists())
+            assert main(_continued(run, flags)) == 0
+            assert weights(run) == weights(tmp_path / "whole")
+    assert created == {False, True}
 
 
 @pytest.mark.parametrize("fused", [False, True])

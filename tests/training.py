@@ -75,7 +75,8 @@ def session(
     affordable. `trap`, the name of a function in `os` and a number, kills it in that call of it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training", "torch._dynamo", "torch.utils.tensorboard"])
+    slow = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure"]
+    context.set_forkserver_preload(["training", *slow])
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=_session, args=(writer, flags, trap))
     process.start()
