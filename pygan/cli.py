@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -30,11 +30,25 @@ class Failure(RuntimeError):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are `UserError` sentences.
 
-    Flags are never abbreviated: `--data` and `--dataset` mean different things.
+    Flags are never abbreviated, because `--data` and `--dataset` mean different things; their
+    dashes may be typed as underscores.
     """
 
     def __init__(self, **keywords: object) -> None:
         super().__init__(allow_abbrev=False, **keywords)  # type: ignore[arg-type]
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As the parent's, with underscores accepted for the dashes inside a flag."""
+        words = list(sys.argv[1:] if args is None else args)
+        known = {flag for action in self._actions for flag in action.option_strings}
+        for position, word in enumerate(words):
+            flag, equals, value = word.partition("=")
+            dashed = flag.replace("_", "-")
+            if flag not in known and dashed in known:
+                words[position] = f"{dashed}{equals}{value}"
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (.*)", message)

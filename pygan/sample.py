@@ -177,7 +177,7 @@ def _parser() -> cli.Parser:
     add("--interpolate", action="store_true", help="rows of 8 from one latent to another")
     add("--bn", choices=("eval", "batch"), default="eval",
         help="batch norm: running statistics, or those of each batch (default eval)")  # fmt: skip
-    add("--batch-size", "--batchSize", "--batch_size", type=cli.whole_number(1), default=64,
+    add("--batch-size", "--batchSize", type=cli.whole_number(1), default=64,
         help="images at a time (default 64)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
     return parser

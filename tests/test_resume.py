@@ -15,6 +15,7 @@ from training import TINY, numbers, resume, session, start, train, weights
 
 from pygan import checkpoint
 from pygan.train import main
+from pygan.training import Batches
 
 STEPS = 700
 
@@ -140,8 +141,6 @@ def test_mixed_precision_resumes_too(tmp_path: Path) -> None:
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, run: Path, step: int, *flags: str) -> None:
     """Trains up to a step and then dies without saving, as if the power had failed."""
-    from pygan.train import Batches
-
     original = Batches.real
 
     def real(self: Batches, number: int) -> torch.Tensor:

@@ -18,9 +18,9 @@ from training import numbers, resume, start, train, weights
 
 import pygan
 from pygan import checkpoint, cli, data
-from pygan import train as command
+from pygan.config import Config, parse
 from pygan.models import dcgan
-from pygan.train import Batches, Config, Networks, parse
+from pygan.training import Batches, Networks, Progress
 
 
 @pytest.fixture(scope="module")
@@ -238,13 +238,13 @@ def _interrupting(monkeypatch: pytest.MonkeyPatch, number: int, at: int, times: 
     """Sends a signal to this process in the middle of step `at`."""
     steps = []
 
-    def advance(self: command.Progress) -> None:
+    def advance(self: Progress) -> None:
         steps.append(None)
         if len(steps) == at:
             for _ in range(times):
                 os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(command.Progress, "advance", advance)
+    monkeypatch.setattr(Progress, "advance", advance)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

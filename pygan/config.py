@@ -1,0 +1,230 @@
+"""What a run is: its settings, the command line that gives them, and what may change later."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final
+
+from pygan import cli
+from pygan.errors import UserError
+from pygan.run import CONFIG
+
+PROG: Final = "python -m pygan.train"
+BUILT_IN: Final = ("fashion-mnist", "fake")
+FOLDER_SETS: Final = ("folder", "imagenet", "lfw", "celeba")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run is; kept in config.json. Only the fields in `MAY_CHANGE` may differ on resume."""
+
+    data: str = "fashion-mnist"
+    image_size: int | None = None
+    batch_size: int = 64
+    epochs: int = 10
+    steps: int | None = None
+    lr: float = 2e-4
+    beta1: float = 0.5
+    nz: int = 100
+    ngf: int = 64
+    ndf: int = 64
+    seed: int = 0
+    fused: bool = False
+    amp: str | None = None
+    loss: str = "bce"
+    loss_weight: float = 1.0
+    flip: bool = False
+    netG: str | None = None
+    netD: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    workers: int | None = None
+    log_every: int = 20
+    save_every: int = 500
+    sample_every: int | None = None
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run: `steps` where given, otherwise `epochs` passes."""
+        return self.epochs * steps_per_epoch if self.steps is None else self.steps
+
+
+MAY_CHANGE: Final = {
+    "epochs", "steps", "threads", "workers", "log_every", "save_every", "sample_every",
+}  # fmt: skip
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog=PROG,
+        description="Train a GAN on images. Without arguments: DCGAN on Fashion-MNIST (embedded).",
+        epilog="Underscores may stand for the dashes inside a flag.",
+        argument_default=argparse.SUPPRESS,
+    )
+    default = Config()
+
+    def add(*flags: str, help: str, **keywords: Any) -> None:
+        value = getattr(default, flags[0].lstrip("-").replace("-", "_"), None)
+        shown = f" (default {value:g})" if isinstance(value, (int, float)) and value else ""
+        parser.add_argument(*flags, help=help + shown, **keywords)
+
+    _add_data(add)
+    _add_training(add)
+    _add_run(add)
+    return parser
+
+
+# fmt: off
+def _add_data(add: Callable[..., None]) -> None:
+    add("--data", "--dataroot", metavar="SOURCE",
+        help="folder or .zip of images, .npy, .npz, idx file, fashion-mnist (default) or fake")
+    add("--dataset", metavar="NAME",
+        help="fashion-mnist, fake, or folder, imagenet, lfw, celeba: those need --dataroot")
+    add("--image-size", "--imageSize", "--img-size", type=cli.image_size, metavar="PIXELS",
+        help="16, 32, 64, 128 or 256 (default: 32 for the embedded images, otherwise 64)")
+    add("--flip", action="store_true", help="mirror images at random")
+    add("--workers", type=cli.whole_number(0), metavar="N", help="threads that decode images")
+
+
+def _add_training(add: Callable[..., None]) -> None:
+    count, positive = cli.whole_number(1), cli.real_number(0, open_low=True)
+    add("--fused", action="store_true", help="fused operations and one merged step")
+    add("--epochs", "--niter", "--n-epochs", type=count, metavar="N", help="passes over the data")
+    add("--steps", type=count, metavar="N", help="total number of steps, in place of --epochs")
+    add("--batch-size", "--batchSize", type=count, metavar="N", help="images in a step")
+    add("--lr", type=positive, help="learning rate of both Adams")
+    add("--beta1", "--b1", type=cli.real_number(0, 1), help="Adam's beta1")
+    add("--nz", "--latent-dim", type=count, metavar="N", help="length of the latent vector")
+    add("--ngf", type=count, metavar="N", help="width of the generator")
+    add("--ndf", type=count, metavar="N", help="width of the discriminator")
+    add("--netG", metavar="FILE", help="start weights of the generator")
+    add("--netD", metavar="FILE", help="start weights of the discriminator")
+    add("--loss", choices=("bce", "minimax"), help="bce: non-saturating (default)")
+    add("--loss-weight", type=positive, help="factor of both losses")
+    add("--amp", choices=("off", "bf16", "fp16", "auto"),
+        help="mixed precision (default auto with --fused, otherwise off)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="default auto")
+    add("--threads", type=cli.thread_count, metavar="N", help="CPU threads (default: torch's)")
+    add("--seed", "--manualSeed", type=cli.whole_number(0, cli.SEED_MAX),
+        help="of initial weights, order of the data and latents (default 0)")
+
+
+def _add_run(add: Callable[..., None]) -> None:
+    count = cli.whole_number(1)
+    add("--outf", "--outdir", metavar="RUN", help="folder of the run (default runs/<date-time>)")
+    add("--resume", metavar="RUN", help="continue the run in this folder")
+    add("--overwrite", action="store_true", help="replace the run that --outf holds")
+    add("--dry-run", action="store_true", help="one step, with everything it writes")
+    add("--log-every", type=count, metavar="STEPS", help="steps between log lines")
+    add("--save-every", type=count, metavar="STEPS",
+        help="steps between checkpoints, which also end every epoch")
+    add("--sample-every", type=count, metavar="STEPS",
+        help="steps between sample pictures, which also end every epoch")
+# fmt: on
+
+
+def _source(given: dict[str, Any]) -> dict[str, Any]:
+    """`--dataset NAME --dataroot PATH` folded into `data`, its path made absolute."""
+    name = given.pop("dataset", None)
+    if name in BUILT_IN:
+        if given.setdefault("data", name) != name:
+            raise UserError(
+                f"--dataset {name} is built in and reads no files, but --dataroot {given['data']} "
+                "was given too; leave out one of them"
+            )
+    elif name in FOLDER_SETS:
+        if "data" not in given:
+            raise UserError(f"--dataset {name} needs --dataroot, the folder its images are in")
+    elif name is not None:
+        raise UserError(
+            f"--dataset {name} is not known; give one of {', '.join(BUILT_IN + FOLDER_SETS)}, or "
+            "just --data with a folder of images"
+        )
+    for key in ("data", "netG", "netD"):
+        if key in given and given[key] not in (BUILT_IN if key == "data" else ()):
+            given[key] = str(Path(given[key]).absolute())
+    return given
+
+
+@dataclass(frozen=True)
+class Request:
+    """A parsed command line: `given` holds only what was typed, by the names of `Config`."""
+
+    given: dict[str, Any]
+    outf: str | None
+    resume: str | None
+    overwrite: bool
+
+
+def parse(argv: Sequence[str] | None) -> Request:
+    """The command line as a `Request`.
+
+    Raises:
+        UserError: an unknown flag, a value out of range, or flags that contradict each other.
+    """
+    given = vars(_parser().parse_args(argv))
+    outf, resume = given.pop("outf", None), given.pop("resume", None)
+    overwrite, dry_run = given.pop("overwrite", False), given.pop("dry_run", False)
+    if resume is not None and overwrite:
+        raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
+    if resume is not None and outf is not None and Path(outf).resolve() != Path(resume).resolve():
+        raise UserError(f"--resume {resume} goes on in its own folder; leave out --outf {outf}")
+    if "epochs" in given and "steps" in given:
+        raise UserError("--epochs and --steps both say when to stop; give one of them")
+    if dry_run:
+        if resume is not None:
+            raise UserError("--dry-run tries out a new run; leave it out, or leave out --resume")
+        given.pop("epochs", None)
+        given["steps"] = 1
+    return Request(_source(given), outf, resume, overwrite)
+
+
+def stored_config(path: Path, stored: dict[str, Any]) -> Config:
+    names = {field.name for field in fields(Config)}
+    config = stored["config"]
+    if not isinstance(config, dict) or config.keys() != names:
+        raise UserError(
+            f"{path / CONFIG} was written by another version of pygan; continue the run with that "
+            "version, or start a new one"
+        )
+    return Config(**config)
+
+
+def flag_text(name: str, value: Any) -> str:
+    flag = "--" + (name if name.startswith("net") else name.replace("_", "-"))
+    if isinstance(value, bool) or value is None:
+        return flag if value else f"no {flag}"
+    return f"{flag} {value}"
+
+
+def continued(config: Config, given: dict[str, Any], path: Path) -> Config:
+    """The configuration of a run that goes on with further flags.
+
+    Raises:
+        UserError: a flag says otherwise than the run was started with.
+    """
+    # "auto" asks for what the run settled on.
+    resolved = {
+        name: getattr(config, name) if name in ("device", "amp") and value == "auto" else value
+        for name, value in given.items()
+    }
+    differing = [
+        f"{flag_text(name, value)} (the run has {flag_text(name, getattr(config, name))})"
+        for name, value in resolved.items()
+        if name not in MAY_CHANGE and value != getattr(config, name)
+    ]
+    if differing:
+        raise UserError(
+            f"{', '.join(differing)} contradicts the run in {path}; leave it out, or start a new "
+            "run with another --outf"
+        )
+    allowed = {name: value for name, value in resolved.items() if name in MAY_CHANGE}
+    if "epochs" in allowed:
+        allowed["steps"] = None
+    return replace(config, **allowed)
+
+
+def fixed(config: Config) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}

@@ -1,0 +1,422 @@
+"""The training loop: networks and data of a run, and everything it writes on the way."""
+
+from __future__ import annotations
+
+import io
+import math
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import pygan
+from pygan import checkpoint, cli, data, models
+from pygan.cli import Failure
+from pygan.config import Config, fixed
+from pygan.data import ImageSet
+from pygan.functional import image_batch
+from pygan.run import RESUME, RunFolder
+from pygan.sample import encode, generate, grid, latents
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+SAMPLES: Final = 64
+# The numbers of a step, in the order of StepResult.
+NUMBERS: Final = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_after")
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM as a request to stop after the step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:
+                # Only the main thread gets signals; elsewhere its owner decides.
+                break
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+class Progress:
+    """What is seen while training: a bar on a terminal, the classic line everywhere else."""
+
+    def __init__(self, step: int, total: int, batch_size: int, steps_per_epoch: int) -> None:
+        self._total, self._per_epoch, self._batch = total, steps_per_epoch, batch_size
+        self._bar = None
+        if sys.stdout.isatty():
+            self._bar = tqdm(
+                total=total * batch_size, initial=step * batch_size, unit=" images",
+                unit_scale=True, dynamic_ncols=True, file=sys.stdout, smoothing=0.05,
+            )  # fmt: skip
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._batch)
+
+    def show(self, step: int, row: dict[str, float]) -> None:
+        """`row` as the numbers of the steps up to `step` (counted from 1)."""
+        text = (
+            f"Loss_D: {row['loss_d']:.4f} Loss_G: {row['loss_g']:.4f} D(x): {row['d_real']:.4f} "
+            f"D(G(z)): {row['d_fake']:.4f} / {row['d_fake_after']:.4f}"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            return
+        epoch, position = divmod(step - 1, self._per_epoch)
+        epochs = -(-self._total // self._per_epoch)
+        print(f"[{epoch}/{epochs}][{position}/{self._per_epoch}] {text}", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Networks:
+    """G, D, their optimizers and the step that updates them."""
+
+    def __init__(self, config: Config, size: int, channels: int, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.G, self.D = models.dcgan(size, channels, config.nz, config.ngf, config.ndf)
+        self.arguments = {
+            "G": {"image_size": size, "channels": channels, "nz": config.nz, "ngf": config.ngf},
+            "D": {"image_size": size, "channels": channels, "ndf": config.ndf},
+        }
+        for network, file in ((self.G, config.netG), (self.D, config.netD)):
+            if file is not None:
+                checkpoint.fill(network, checkpoint.read_weights(Path(file))[0], file)
+        self.G.to(device)
+        self.D.to(device)
+        if config.fused:
+            pygan.fuse(self.G)
+            pygan.fuse(self.D)
+        self.opt_g, self.opt_d = (self._adam(net, config, device) for net in (self.G, self.D))
+        step = pygan.AdversarialStep if config.fused else pygan.ReferenceStep
+        self.step = step(
+            self.G, self.D, self.opt_g, self.opt_d,
+            loss=config.loss, loss_weight=config.loss_weight,
+            amp=config.amp or ("auto" if config.fused else "off"),
+        )  # fmt: skip
+
+    @staticmethod
+    def _adam(network: nn.Module, config: Config, device: torch.device) -> torch.optim.Adam:
+        keywords = {"fused": True, "capturable": device.type == "cuda"} if config.fused else {}
+        return torch.optim.Adam(
+            network.parameters(), lr=config.lr, betas=(config.beta1, 0.999), **keywords
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training changes, as tensors and plain values."""
+        return {
+            "netG": self.G.state_dict(),
+            "netD": self.D.state_dict(),
+            "opt_g": self.opt_g.state_dict(),
+            "opt_d": self.opt_d.state_dict(),
+            "step": self.step.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` returned, keeping the memory layout of this process."""
+        checkpoint.fill(self.G, state["netG"], RESUME)
+        checkpoint.fill(self.D, state["netD"], RESUME)
+        for optimizer, name in ((self.opt_g, "opt_g"), (self.opt_d, "opt_d")):
+            optimizer.load_state_dict(state[name])
+            for parameter, kept in optimizer.state.items():
+                for key, value in kept.items():
+                    # Adam walks parameter and moments through raw memory, in parallel.
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        kept[key] = torch.empty_like(parameter).copy_(value)
+        self.step.load_state_dict(state["step"])
+
+
+def _seeds(seed: int) -> list[int]:
+    """Seeds of the latents, the fixed latents, the pictures shown, and the flips."""
+    children = np.random.SeedSequence(seed).spawn(4)
+    return [int(child.generate_state(1, np.uint64)[0]) & cli.SEED_MAX for child in children]
+
+
+class Batches:
+    """Real images and latents of any step, on the device."""
+
+    def __init__(self, config: Config, images: ImageSet, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self.order = data.BatchOrder(len(images), config.batch_size, config.seed)
+        z_seed, _, _, self._flip_seed = _seeds(config.seed)
+        self.generator = torch.Generator(device).manual_seed(z_seed)
+        with warnings.catch_warnings():
+            # The array is a read-only memory map, and nobody writes to it.
+            warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+            self._images = torch.from_numpy(images.images)
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+            if self._images.nbytes <= free // 2:
+                self._images = self._images.to(device)
+
+    def real(self, step: int) -> Tensor:
+        """float32 `[N, C, H, W]` in [-1, 1]; `step` counts from 0.
+
+        channels_last for the fused step, contiguous as usual for the plain one.
+        """
+        source = self._images.device
+        index = torch.from_numpy(self.order.index(step))
+        flip = None
+        if self._config.flip:
+            random = np.random.default_rng((self._flip_seed, step))
+            flip = torch.from_numpy(random.random(self._config.batch_size) < 0.5)
+        if source.type == "cuda":
+            index = index.pin_memory().to(source, non_blocking=True)
+            flip = flip if flip is None else flip.pin_memory().to(source, non_blocking=True)
+        real = image_batch(self._images, index, flip=flip).to(self._device, non_blocking=True)
+        return real if self._config.fused else real.contiguous()
+
+    def latent(self) -> Tensor:
+        """The next `[N, nz, 1, 1]` of the run's own generator."""
+        shape = (self._config.batch_size, self._config.nz, 1, 1)
+        return torch.randn(shape, generator=self.generator, device=self._device)
+
+
+class Training:
+    """A run in progress: where it is, and everything it writes."""
+
+    def __init__(
+        self,
+        config: Config,
+        images: ImageSet,
+        networks: Networks,
+        folder: RunFolder,
+        device: torch.device,
+    ) -> None:
+        self.config, self.images, self.networks = config, images, networks
+        self.folder, self.device = folder, device
+        self.batches = Batches(config, images, device)
+        self.per_epoch = self.batches.order.steps_per_epoch
+        self.total = config.total_steps(self.per_epoch)
+        self.fixed_z = latents(SAMPLES, config.nz, _seeds(config.seed)[1]).to(device)
+        self.step = 0
+        self.saved = 0
+        self.seconds = 0.0
+        self.sums = torch.zeros(len(NUMBERS), device=device)
+        self.count = 0
+        self._tick = self._last_log = time.perf_counter()
+        self._events: SummaryWriter | None = None
+
+    def state(self) -> dict[str, Any]:
+        """The whole state of the run between two steps."""
+        random = {"torch": torch.get_rng_state(), "latents": self.batches.generator.get_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "config": fixed(self.config),
+            "position": self.step,
+            "seconds": self.seconds,
+            "sums": self.sums,
+            "count": self.count,
+            "random": random,
+            "networks": self.networks.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from what `state` returned."""
+        self.networks.restore(state["networks"])
+        self.step = self.saved = state["position"]
+        self.seconds = state["seconds"]
+        self.sums.copy_(state["sums"])
+        self.count = state["count"]
+        random = state["random"]
+        torch.set_rng_state(random["torch"])
+        self.batches.generator.set_state(random["latents"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def start(self) -> None:
+        """Opens the logs; a new run also gets its first checkpoint and `real_samples.png`."""
+        if self.step == 0:
+            chosen = np.random.default_rng(_seeds(self.config.seed)[2]).permutation(
+                len(self.images)
+            )
+            real = self.images.images[np.sort(chosen[:SAMPLES])]
+            self.folder.write("real_samples.png", encode(grid(real)))
+        self.folder.start_log(self.step)
+        from torch.utils.tensorboard import SummaryWriter
+
+        with self.folder.failing("the TensorBoard events"):
+            self._events = SummaryWriter(
+                str(self.folder.path), purge_step=self.step + 1 if self.step else None
+            )
+
+    def run(self, stop: StopSignal) -> None:
+        """Trains until the last step, or until `stop` is asked for.
+
+        Raises:
+            Failure: a loss is not finite, or a file cannot be written.
+        """
+        self._tick = self._last_log = time.perf_counter()
+        progress = Progress(self.step, self.total, self.config.batch_size, self.per_epoch)
+        try:
+            stopping = False
+            while self.step < self.total and not stopping:
+                real, z = self.batches.real(self.step), self.batches.latent()
+                self.sums += torch.stack(self.networks.step(real, z))
+                self.count += 1
+                self.step += 1
+                progress.advance()
+                # Asked once a step: a signal that comes later than this gets another step.
+                stopping = bool(stop.number)
+                self._after_step(stopping, progress)
+        finally:
+            progress.close()
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _after_step(self, stopping: bool, progress: Progress) -> None:
+        last = self.step == self.total
+        milestone = last or self.step % self.per_epoch == 0
+        if self._due(self.config.log_every) or last:
+            row = self._log()
+            progress.show(self.step, row)
+        if milestone or self._due(self.config.sample_every):
+            self._numbers()
+            self._draw()
+        if milestone or stopping or self._due(self.config.save_every):
+            self.save(export=milestone or stopping)
+
+    def _numbers(self) -> list[float]:
+        """Means since the last log line.
+
+        Raises:
+            Failure: one of them is NaN or infinite.
+        """
+        values = (self.sums / max(self.count, 1)).tolist()
+        for name, value in zip(NUMBERS, values, strict=True):
+            if not math.isfinite(value):
+                self._diverged(f"{name} is {value}")
+        return values
+
+    def _diverged(self, what: str) -> None:
+        newest = sorted(self.folder.path.glob("netG_epoch_*.pth"))
+        weights = f", or from its weights, {newest[-1]}, with --netG" if newest else ""
+        raise Failure(
+            f"{what} after step {self.step}, so training has diverged and stops; the last good "
+            f"checkpoint is {self.folder.path / RESUME} of step {self.saved}; start a new run with "
+            f"a lower --lr{weights}"
+        )
+
+    def _epoch(self) -> int:
+        return max(self.step - 1, 0) // self.per_epoch
+
+    def _log(self) -> dict[str, float]:
+        values = self._numbers()
+        now = time.perf_counter()
+        self.seconds += now - self._tick
+        rate = self.count * self.config.batch_size / (now - self._last_log)
+        self._tick = self._last_log = now
+        row = {"step": self.step, "epoch": self._epoch(), **dict(zip(NUMBERS, values, strict=True))}
+        self.sums.zero_()
+        self.count = 0
+        with self.folder.failing("the TensorBoard events"):
+            assert self._events is not None
+            for name, value in (*zip(NUMBERS, values, strict=True), ("images_per_s", rate)):
+                self._events.add_scalar(name, value, self.step)
+        row = {**row, "images_per_s": round(rate, 2), "seconds": round(self.seconds, 3)}
+        self.folder.log(row)
+        return row
+
+    def _draw(self) -> None:
+        picture = grid(generate(self.networks.G, self.fixed_z))
+        self.folder.write(f"fake_samples_epoch_{self._epoch():03d}.png", encode(picture))
+        with self.folder.failing("the TensorBoard events"):
+            assert self._events is not None
+            self._events.add_image("fake_samples", picture, self.step, dataformats="HWC")
+
+    def save(self, *, export: bool = False) -> None:
+        """Writes the resume file; `export` also writes the weights of the epoch and losses.png.
+
+        Raises:
+            Failure: the state is not finite, or the disk refused; the last checkpoint is kept.
+        """
+        self._numbers()
+        now = time.perf_counter()
+        self.seconds += now - self._tick
+        self._tick = now
+        state = self.state()
+        where = checkpoint.nonfinite(state)
+        if where is not None:
+            self._diverged(f"{where} is not finite")
+        if export:
+            self._export()
+        if self._events is not None:
+            self.folder.sync_log()
+            with self.folder.failing("the TensorBoard events"):
+                self._events.flush()
+        # Last: from here on the run resumes after everything above.
+        self.folder.write(RESUME, checkpoint.pack_state(state))
+        self.saved = self.step
+
+    def _export(self) -> None:
+        epoch = self._epoch()
+        for letter, kind in (("G", "dcgan.Generator"), ("D", "dcgan.Discriminator")):
+            network = self.networks.G if letter == "G" else self.networks.D
+            about = {
+                "network": kind, "arguments": self.networks.arguments[letter],
+                "epoch": epoch, "step": self.step,
+            }  # fmt: skip
+            pth, safetensors = checkpoint.pack_weights(network, about)
+            self.folder.write(f"net{letter}_epoch_{epoch}.pth", pth)
+            self.folder.write(f"net{letter}_epoch_{epoch}.safetensors", safetensors)
+        self.folder.write("losses.png", plot(self.folder.rows()))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Closes the TensorBoard file."""
+        if self._events is None:
+            return
+        try:
+            self._events.close()
+        except OSError:
+            if not failed:
+                raise
+
+
+def plot(rows: Sequence[dict[str, float]]) -> bytes:
+    """Losses and probabilities over the steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    losses, probabilities = figure.subplots(2, 1, sharex=True)
+    steps = [row["step"] for row in rows]
+    for axes, names in (
+        (losses, {"loss_d": "Loss_D", "loss_g": "Loss_G"}),
+        (probabilities, {"d_real": "D(x)", "d_fake": "D(G(z))", "d_fake_after": "D(G(z)) after"}),
+    ):
+        for name, label in names.items():
+            axes.plot(steps, [row[name] for row in rows], label=label, linewidth=1)
+        axes.legend(loc="upper right")
+        axes.grid(alpha=0.3)
+    losses.set_ylabel("loss")
+    probabilities.set(ylabel="mean probability", ylim=(0, 1), xlabel="step")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()
