@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from typing import Any
 
 import psutil
 import torch
+
+import pygan
 
 GEMM_SIZE = 2048
 COPY_BYTES = 256 * 2**20
@@ -48,13 +49,6 @@ def instruction_set() -> str:
     return str(_C.isa())
 
 
-def _pygan_version() -> str:
-    try:
-        return importlib.metadata.version("pygan")
-    except importlib.metadata.PackageNotFoundError:
-        return "source tree"
-
-
 def conditions(device: torch.device) -> dict[str, Any]:
     """What a reader needs to judge a number. Names neither host nor user."""
     on_gpu = device.type == "cuda"
@@ -67,7 +61,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "isa": instruction_set(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "pygan": _pygan_version(),
+        "pygan": pygan.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }

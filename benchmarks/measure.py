@@ -72,6 +72,9 @@ FULL = Plan(rounds=15, sample_seconds=0.25, warmup_calls=3, warmup_seconds=0.5, 
 QUICK = Plan(rounds=6, sample_seconds=0.01, warmup_calls=1, warmup_seconds=0.02, peak_repeats=2)
 
 
+PEAKS_AGE = 20.0  # seconds
+
+
 @dataclass
 class Samples:
     """What was recorded of one side: seconds per sample, and how many calls a sample held."""
@@ -200,7 +203,8 @@ class Session:
         self.device = device
         self._selected = set(selected)
         self._results: dict[str, dict[str, Samples] | BaseException] = {}
-        self._peaks: dict[str, float] | None = None
+        self._peaks: dict[str, float] = {}
+        self._peaks_taken = -math.inf
         self.conditions = machine.conditions(device)
 
     def sides(self, case: Case) -> list[Side]:
@@ -208,8 +212,11 @@ class Session:
         return [side for side in case.sides if (case.name, side.id) in self._selected]
 
     def peaks(self) -> dict[str, float]:
-        if self._peaks is None:
-            self._peaks = machine.measure_peaks(self.device, self.plan.peak_repeats)
+        """Best found so far. Taken again now and then: a shared machine has slow moments."""
+        if time.perf_counter() - self._peaks_taken > PEAKS_AGE:
+            taken = machine.measure_peaks(self.device, self.plan.peak_repeats)
+            self._peaks = {name: max(taken[name], self._peaks.get(name, 0.0)) for name in taken}
+            self._peaks_taken = time.perf_counter()
         return self._peaks
 
     def samples(self, case: Case) -> dict[str, Samples]:
@@ -227,9 +234,8 @@ class Session:
 
     def record(self, case: Case, side: Side) -> dict[str, Any]:
         """Everything about one side, for ``extra_info``."""
-        peaks = self.peaks()
         return {
-            **describe(case, side, self.samples(case), peaks),
-            "peaks": peaks,
+            **describe(case, side, self.samples(case), self._peaks),
+            "peaks": self._peaks,
             "conditions": self.conditions,
         }

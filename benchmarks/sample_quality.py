@@ -84,7 +84,8 @@ class Classifier(nn.Module):
 
 def scaled(images: np.ndarray) -> Tensor:
     """uint8 ``[N, H, W, C]`` to float32 ``[N, C, H, W]`` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    # A copy: a part of a memory map is read-only, which torch warns about.
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _train(real: data.ImageSet, labels: Tensor, recipe: Recipe) -> tuple[Classifier, float]:

@@ -28,6 +28,11 @@ def _memory(record: Record) -> str:
     return "–" if peak is None else f"{peak / 2**20:,.0f}"
 
 
+def _rate(record: Record) -> str:
+    median, q1, q3 = (_significant(record[f"images_per_second{end}"]) for end in ("", "_q1", "_q3"))
+    return f"{median} ({q1}–{q3})"
+
+
 def _of_peak(value: float, share: float) -> str:
     return f"{_significant(value)} ({share:.0%})"
 
@@ -42,15 +47,13 @@ def _ratio(record: Record, baseline: str) -> str:
 def table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of one case."""
     baselines = [record["side"] for record in records if record["baseline"]]
-    heading = ["side", "ms", "images/s", "quartiles", "GFLOP/s", "GB/s", "peak MiB"]
+    heading = ["side", "ms", "images/s (quartiles)", "GFLOP/s", "GB/s", "peak MiB"]
     heading += [f"x {name}" for name in baselines]
     rows = [
         [
             record["side"],
             _significant(record["milliseconds"]),
-            _significant(record["images_per_second"]),
-            f"{_significant(record['images_per_second_q1'])}–"
-            f"{_significant(record['images_per_second_q3'])}",
+            _rate(record),
             _of_peak(record["gflop_per_s"], record["share_of_peak_flops"]),
             _of_peak(record["gb_per_s"], record["share_of_peak_bandwidth"]),
             _memory(record),
@@ -61,12 +64,16 @@ def table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return heading, rows
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def machine_line(record: Record) -> str:
     """Device, versions and measured peaks, in one line."""
     where, peaks = record["conditions"], record["peaks"]
-    cores = f"{where['cores']} cores" if where["cores"] != 1 else "1 core"
     return (
-        f"{where['device']}, {cores}, {where['threads']} threads, pygan kernels {where['isa']}; "
+        f"{where['device']}, {_counted(where['cores'], 'core')}, "
+        f"{_counted(where['threads'], 'thread')}, pygan kernels {where['isa']}; "
         f"torch {where['torch']}, pygan {where['pygan']}, Python {where['python']}, "
         f"{where['system']}; measured peaks {_significant(peaks['gflops_fp32'])} GFLOP/s fp32, "
         f"{_significant(peaks['gflops_bf16'])} bf16, {_significant(peaks['gb_per_s'])} GB/s"
@@ -80,7 +87,7 @@ def _coverage(records: Sequence[Record]) -> str:
 
 def plain_text(records: Sequence[Record]) -> list[str]:
     """Lines of a table per case for a terminal."""
-    lines = [machine_line(records[0])]
+    lines = [machine_line(records[-1])]
     for name, rows_of_case in by_case(records).items():
         heading, rows = table(rows_of_case)
         columns = list(zip(heading, *rows, strict=True))
