@@ -93,7 +93,7 @@ def bench(
         except CheckFailed as failure:
             red = str(failure)
         else:
-            red = None
+            red = ""
         if red:
             pytest.fail(red, pytrace=False)
         samples = session.samples(case)[side.id]
