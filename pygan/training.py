@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import signal
 import sys
 import time
@@ -68,9 +69,12 @@ class Progress:
         self._total, self._per_epoch, self._batch = total, steps_per_epoch, batch_size
         self._bar = None
         if sys.stdout.isatty():
+            # Terminals made by programs may say that they are 0 columns wide.
+            wide = os.get_terminal_size(sys.stdout.fileno()).columns > 0
             self._bar = tqdm(
                 total=total * batch_size, initial=step * batch_size, unit=" images",
-                unit_scale=True, dynamic_ncols=True, file=sys.stdout, smoothing=0.05,
+                unit_scale=True, dynamic_ncols=wide, ncols=None if wide else 80, file=sys.stdout,
+                smoothing=0.05,
             )  # fmt: skip
 
     def advance(self) -> None:

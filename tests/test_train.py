@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import signal
+import struct
+import sys
+import termios
 import threading
 from pathlib import Path
 
@@ -102,6 +107,36 @@ def test_output_that_is_no_terminal_gets_the_classic_line(
     assert re.fullmatch(rf"\[0/1\]\[3/128\] {line}", lines[-3])
     assert re.fullmatch(rf"\[0/1\]\[7/128\] {line}", lines[-2])
     assert re.fullmatch(rf"samples are in {tmp_path} .*; \d+\.\d images/s", lines[-1])
+
+
+@pytest.mark.parametrize("columns", [180, 0])
+def test_a_terminal_gets_a_bar(
+    tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    pieces = []
+
+    def read() -> None:
+        # The system says EIO where a closed pipe would just end.
+        with contextlib.suppress(OSError):
+            while piece := os.read(ours, 4096):
+                pieces.append(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        status = train("--steps=40", f"--outf={tmp_path}")
+    reader.join()
+    os.close(ours)
+    assert status == 0
+    shown = b"".join(pieces).decode()
+    bars = re.findall(r"\r *(\d+)%\|[^|]*\| (\S+)/320 \[(\S+)<(\S+), *(\S+) images/s", shown)
+    assert bars[-1][0] == "100"
+    if columns:
+        assert re.search(r"Loss_D: \S+ Loss_G: \S+ D\(x\): \S+ D\(G\(z\)\): \S+ / \S+\]", shown)
+    assert "[0/1]" not in shown
 
 
 @pytest.mark.parametrize("fused", [False, True])
