@@ -211,6 +211,8 @@ setup(
     name="pygan",
     version=version(),
     description="Trains generative adversarial networks fast, on plain CPUs and on GPUs",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",

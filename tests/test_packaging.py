@@ -25,6 +25,13 @@ LINUX_X86_64 = sys.platform == "linux" and platform.machine() == "x86_64"
 needs_linux_x86_64 = pytest.mark.skipif(
     not LINUX_X86_64, reason="the extension is built on Linux x86-64 only"
 )
+# The finder of an editable installation also answers for the modules that another copy lacks.
+ONLY_THIS_COPY = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+"""
 NOT_SOURCES = (
     ".*",
     "*.egg-info",
@@ -204,7 +211,7 @@ class TestBuild:
     def test_unpacked_wheel_imports(self, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
         wheel.extractall(tmp_path / "site")
         code = "import pygan.kernels as k, pygan._C as c; print(k.__file__, c.__file__, sep='\\n')"
-        result = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+        result = run("-c", ONLY_THIS_COPY + code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
         assert result.returncode == 0, result.stderr
         assert all(Path(f).is_relative_to(tmp_path / "site") for f in result.stdout.splitlines())
 
@@ -235,7 +242,8 @@ def test_auto_survives_a_broken_compiler_and_keeps_its_message(
     assert result.returncode == 0, result.stderr
     assert "installed without its native extension" in result.stderr
     assert "/bin/false" in (tmp_path / "pygan" / "_build_log.txt").read_text()
-    report = run("-m", "pygan", "--json", cwd=tmp_path)
+    code = "import runpy; sys.argv[1:] = ['--json']; runpy.run_module('pygan', run_name='__main__')"
+    report = run("-c", ONLY_THIS_COPY + code, cwd=tmp_path)
     assert report.returncode == 0, report.stderr
     native = json.loads(report.stdout)["native"]
     assert native["reason"] and native["instruction_set"] is None
@@ -286,17 +294,17 @@ def test_editable_install_without_the_extension(sources: Path, tmp_path: Path) -
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = f"""
-import importlib.util, site, sys
-sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
-site.addsitedir({str(tmp_path / "site")!r})
+import importlib.util, site
+sys.path.insert(0, {str(tmp_path / "site")!r})
+site.addsitedir(sys.path[0])
 import pygan.kernels
 print(pygan.kernels.__file__, importlib.util.find_spec("kernels"))
 """
-    imported = run("-c", code, cwd=tmp_path)
+    imported = run("-c", ONLY_THIS_COPY + code, cwd=tmp_path)
     assert imported.stdout.split() == [str(sources / "pygan/kernels/__init__.py"), "None"]
 
 
 def test_bare_checkout_imports(sources: Path, tmp_path: Path) -> None:
     code = "import pygan.kernels; print(pygan.kernels.__file__)"
-    result = run("-c", code, cwd=tmp_path, PYTHONPATH=str(sources))
+    result = run("-c", ONLY_THIS_COPY + code, cwd=tmp_path, PYTHONPATH=str(sources))
     assert result.stdout.strip() == str(sources / "pygan/kernels/__init__.py"), result.stderr
