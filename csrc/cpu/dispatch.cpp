@@ -94,13 +94,14 @@ RowBlocks row_blocks(const NormActShape& s) {
 
 int64_t norm_act_scratch(const NormActShape& s) {
   const int64_t blocks = s.layout == Layout::channels_last ? row_blocks(s).count : 1;
-  return s.groups * s.channels * (2 * blocks + 1);
+  // Behind the sums, four float32 coefficients for each channel of each group.
+  return s.groups * (blocks * block_scratch(s) + 2 * s.channels);
 }
 
 Status norm_act_forward(const NormActForward& args) {
   if (const Status status = check(args.shape); status != Status::ok) return status;
   if (empty(args.shape)) return Status::ok;
-  if (!args.x || !args.y || !args.mean || !args.invstd || (args.training && !args.scratch)) {
+  if (!args.x || !args.y || !args.mean || !args.invstd || !args.scratch) {
     return Status::bad_pointer;
   }
   if (!kernels.norm_act_forward) return Status::no_kernels;

@@ -22,6 +22,9 @@ struct RowBlocks {
 };
 RowBlocks row_blocks(const NormActShape& shape);
 
+// Elements of scratch for a block: two sums a channel in float64, and two in float32.
+inline int64_t block_scratch(const NormActShape& shape) { return 3 * shape.channels; }
+
 #define PYGAN_DECLARE_KERNELS(isa)                \
   namespace isa {                                 \
   void norm_act_forward(const NormActForward&);   \

@@ -1,7 +1,7 @@
 // Normalise + activate, forward and backward. Both are bound by memory: forward reads x twice and
 // writes y; backward reads x and dy twice and writes dx. The activation mask is recomputed.
 //
-// channels_last: blocks of rows, channels across the lanes, a strip of channels in registers.
+// channels_last: blocks of rows, channels across the lanes.
 // contiguous: one channel of one group at a time, so the second reading comes from the cache.
 
 #include <algorithm>
@@ -15,68 +15,50 @@
 namespace pygan::PYGAN_ISA_NS {
 namespace {
 
-constexpr int kStrip = Vec::width == 16 ? 4 : 2;  // vectors of channels held in registers
-constexpr int kLanes = kStrip * Vec::width;
-// A lane sums so many values in float32 before they join float64 sums.
-constexpr int64_t kChunkRows = 16;
+constexpr int64_t kChunkRows = 16;  // a float32 sum takes so many values, then joins a float64 one
 constexpr int64_t kChunkValues = kChunkRows * Vec::width;
+constexpr int64_t kAhead = 4096;  // bytes; less is late, more is evicted before it is used
 constexpr int64_t kSerialValues = 1 << 14;  // below this a second thread costs more than it gives
 
-// Strips of a row of channels: K whole vectors, or the first `count` lanes of one.
-template <int K>
+// A whole vector, or the lanes left at the end of a row.
 struct Whole {
-  static constexpr int vectors = K;
-  static constexpr int count() { return K * Vec::width; }
+  static constexpr int count() { return Vec::width; }
   template <class T>
-  Vec get(const T* p, int k) const {
-    return load(p + k * Vec::width);
+  Vec get(const T* p) const {
+    return load(p);
+  }
+  // The same, for arrays that come from memory: asks for what is needed a page later.
+  template <class T>
+  Vec stream(const T* p) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+    return load(p);
   }
   template <class T>
-  void put(T* p, int k, Vec value) const {
-    store(p + k * Vec::width, value);
+  void put(T* p, Vec value) const {
+    store(p, value);
   }
 };
 struct Part {
-  static constexpr int vectors = 1;
   int lanes;
   int count() const { return lanes; }
   template <class T>
-  Vec get(const T* p, int) const {
+  Vec get(const T* p) const {
     return load(p, lanes);
   }
   template <class T>
-  void put(T* p, int, Vec value) const {
+  Vec stream(const T* p) const {
+    return load(p, lanes);
+  }
+  template <class T>
+  void put(T* p, Vec value) const {
     store(p, value, lanes);
   }
 };
 
 template <class Body>
-void for_each_strip(int64_t channels, const Body& body) {
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) body(c, Whole<kStrip>{});
-  for (; c + Vec::width <= channels; c += Vec::width) body(c, Whole<1>{});
-  if (c < channels) body(c, Part{static_cast<int>(channels - c)});
-}
-
-// The chunks of one contiguous channel: runs of whole planes, or pieces of one plane.
-template <class Body>
-void for_each_chunk(int64_t planes, int64_t spatial, const Body& body) {
-  if (spatial <= kChunkValues) {
-    const int64_t step = kChunkValues / std::max<int64_t>(spatial, 1);
-    for (int64_t n = 0; n < planes; n += step) body(n, std::min(step, planes - n), 0, spatial);
-  } else {
-    for (int64_t n = 0; n < planes; ++n) {
-      for (int64_t s = 0; s < spatial; s += kChunkValues) {
-        body(n, 1, s, std::min(kChunkValues, spatial - s));
-      }
-    }
-  }
-}
-
-template <class Body>
 void for_each_vector(int64_t length, const Body& body) {
   int64_t i = 0;
-  for (; i + Vec::width <= length; i += Vec::width) body(i, Whole<1>{});
+  for (; i + Vec::width <= length; i += Vec::width) body(i, Whole{});
   if (i < length) body(i, Part{static_cast<int>(length - i)});
 }
 
@@ -121,248 +103,80 @@ int team(const NormActShape& s) {
   return s.batch * s.channels * s.spatial < kSerialValues ? 1 : s.threads;
 }
 
-// Mean and sum of squared deviations of `n` more values, into those of `count` (Chan et al. 1979).
-void merge(double count, double n, double mean_n, double square_n, double& mean, double& square) {
-  const double delta = mean_n - mean;
-  const double share = n / (count + n);
-  mean += delta * share;
-  square += square_n + delta * delta * count * share;
+// z = (x - centre) * scale + shift, for a vector of channels or for one channel in all lanes.
+struct Affine {
+  Vec centre, scale, shift, slope;
+};
+
+// scale and shift of every channel of every group, [groups][2][channels].
+template <class Args>
+void fill_maps(const Args& args, float* maps) {
+  const int64_t C = args.shape.channels;
+  for (int64_t g = 0; g < args.shape.groups; ++g) {
+    float* scale = maps + g * 2 * C;
+    for (int64_t c = 0; c < C; ++c) {
+      scale[c] = args.invstd[g * C + c] * (args.weight ? args.weight[c] : 1.0f);
+      scale[C + c] = args.bias ? args.bias[c] : 0.0f;
+    }
+  }
 }
 
-// total[c] += the c-th of K vectors' lanes.
-template <int K>
-void add_lanes(const Vec* value, int count, double* total) {
-  float lanes[K * Vec::width];
-  for (int k = 0; k < K; ++k) store(lanes + k * Vec::width, value[k]);
-  for (int c = 0; c < count; ++c) total[c] += lanes[c];
+template <class Args>
+Affine affine_of_channel(const Args& args, int64_t g, int64_t c) {
+  const int64_t at = g * args.shape.channels + c;
+  const float scale = args.invstd[at] * (args.weight ? args.weight[c] : 1.0f);
+  return {Vec(args.mean[at]), Vec(scale), Vec(args.bias ? args.bias[c] : 0.0f),
+          Vec(args.shape.negative_slope)};
 }
 
-// Sums about a shift -> mean and sum of squared deviations of n values. With the mean of the first
-// chunk as shift, the subtraction loses no more than the spread of the chunks allows.
+template <Activation A>
+Vec forward_value(Vec x, const Affine& map) {
+  return activate<A>(fma(x - map.centre, map.scale, map.shift), map.slope);
+}
+
+// dz from dy; d is x - mean.
+template <Activation A>
+Vec gradient_of_z(Vec d, Vec dy, const Affine& map) {
+  return through_activation<A>(dy, fma(d, map.scale, map.shift), map.slope);
+}
+
+// dx = scale * dz - offset - (x - mean) * tilt
+template <Activation A>
+Vec gradient_of_x(Vec x, Vec dy, const Affine& map, Vec offset, Vec tilt) {
+  const Vec d = x - map.centre;
+  return map.scale * gradient_of_z<A>(d, dy, map) - fma(d, tilt, offset);
+}
+
+// Sums about a shift -> mean and sum of squared deviations of n values. The shift is the mean of a
+// sample of them, so the subtraction costs no accuracy.
 void from_shifted(double n, double shift, double& first, double& second) {
   const double mean = first / n;
   second = std::max(0.0, second - first * mean);
   first = shift + mean;
 }
 
-template <class T, class Lanes>
-void strip_moments(const T* x, int64_t rows, int64_t stride, Lanes lanes, double* mean,
-                   double* square) {
-  constexpr int K = Lanes::vectors;
-  std::fill_n(mean, lanes.count(), 0.0);
-  std::fill_n(square, lanes.count(), 0.0);
-  Vec shift[K];
-  for (int k = 0; k < K; ++k) shift[k] = Vec(0.0f);
-  const int64_t head = std::min(kChunkRows, rows);
-  for (int64_t i = 0; i < head; ++i) {
-    for (int k = 0; k < K; ++k) shift[k] = shift[k] + lanes.get(x + i * stride, k);
-  }
-  for (int k = 0; k < K; ++k) shift[k] = shift[k] * Vec(1.0f / static_cast<float>(head));
-  for (int64_t row = 0; row < rows; row += kChunkRows) {
-    const int64_t end = std::min(row + kChunkRows, rows);
-    Vec first[K], second[K];
-    for (int k = 0; k < K; ++k) first[k] = second[k] = Vec(0.0f);
-    for (int64_t i = row; i < end; ++i) {
-      for (int k = 0; k < K; ++k) {
-        const Vec d = lanes.get(x + i * stride, k) - shift[k];
-        first[k] = first[k] + d;
-        second[k] = fma(d, d, second[k]);
-      }
-    }
-    add_lanes<K>(first, lanes.count(), mean);
-    add_lanes<K>(second, lanes.count(), square);
-  }
-  float shifts[K * Vec::width];
-  for (int k = 0; k < K; ++k) store(shifts + k * Vec::width, shift[k]);
-  for (int c = 0; c < lanes.count(); ++c) {
-    from_shifted(static_cast<double>(rows), shifts[c], mean[c], square[c]);
-  }
-}
-
-template <Activation A, class T, class Lanes>
-void strip_forward(const T* x, T* y, int64_t rows, int64_t stride, Lanes lanes, const float* mean,
-                   const float* invstd, const float* weight, const float* bias, Vec slope) {
-  constexpr int K = Lanes::vectors;
-  Vec centre[K], scale[K], shift[K];
-  for (int k = 0; k < K; ++k) {
-    centre[k] = lanes.get(mean, k);
-    scale[k] = lanes.get(invstd, k) * (weight ? lanes.get(weight, k) : Vec(1.0f));
-    shift[k] = bias ? lanes.get(bias, k) : Vec(0.0f);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int k = 0; k < K; ++k) {
-      const Vec z = fma(lanes.get(x + i * stride, k) - centre[k], scale[k], shift[k]);
-      lanes.put(y + i * stride, k, activate<A>(z, slope));
-    }
-  }
-}
-
-// Sums over rows of dz and of dz * (x - mean): float32 within a chunk, float64 beyond it.
-template <Activation A, class T, class Lanes>
-void strip_sums(const T* x, const T* dy, int64_t rows, int64_t stride, Lanes lanes,
-                const float* mean, const float* invstd, const float* weight, const float* bias,
-                Vec slope, double* sum_dz, double* sum_dzx) {
-  constexpr int K = Lanes::vectors;
-  Vec centre[K], scale[K], shift[K];
-  for (int k = 0; k < K; ++k) {
-    centre[k] = lanes.get(mean, k);
-    scale[k] = lanes.get(invstd, k) * (weight ? lanes.get(weight, k) : Vec(1.0f));
-    shift[k] = bias ? lanes.get(bias, k) : Vec(0.0f);
-  }
-  std::fill_n(sum_dz, lanes.count(), 0.0);
-  std::fill_n(sum_dzx, lanes.count(), 0.0);
-  for (int64_t row = 0; row < rows; row += kChunkRows) {
-    const int64_t n = std::min(kChunkRows, rows - row);
-    Vec a[K], b[K];
-    for (int k = 0; k < K; ++k) a[k] = b[k] = Vec(0.0f);
-    for (int64_t i = row; i < row + n; ++i) {
-      for (int k = 0; k < K; ++k) {
-        const Vec d = lanes.get(x + i * stride, k) - centre[k];
-        const Vec dz =
-            through_activation<A>(lanes.get(dy + i * stride, k), fma(d, scale[k], shift[k]), slope);
-        a[k] = a[k] + dz;
-        b[k] = fma(dz, d, b[k]);
-      }
-    }
-    add_lanes<K>(a, lanes.count(), sum_dz);
-    add_lanes<K>(b, lanes.count(), sum_dzx);
-  }
-}
-
-// dx = scale * dz - offset - (x - mean) * tilt
-template <Activation A, class T, class Lanes>
-void strip_dx(const T* x, const T* dy, T* dx, int64_t rows, int64_t stride, Lanes lanes,
-              const float* mean, const float* invstd, const float* weight, const float* bias,
-              Vec slope, const float* offset, const float* tilt) {
-  constexpr int K = Lanes::vectors;
-  Vec centre[K], scale[K], shift[K], constant[K], linear[K];
-  for (int k = 0; k < K; ++k) {
-    centre[k] = lanes.get(mean, k);
-    scale[k] = lanes.get(invstd, k) * (weight ? lanes.get(weight, k) : Vec(1.0f));
-    shift[k] = bias ? lanes.get(bias, k) : Vec(0.0f);
-    constant[k] = lanes.get(offset, k);
-    linear[k] = lanes.get(tilt, k);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int k = 0; k < K; ++k) {
-      const Vec d = lanes.get(x + i * stride, k) - centre[k];
-      const Vec dz =
-          through_activation<A>(lanes.get(dy + i * stride, k), fma(d, scale[k], shift[k]), slope);
-      lanes.put(dx + i * stride, k, scale[k] * dz - fma(d, linear[k], constant[k]));
-    }
-  }
-}
-
-// The affine map of one contiguous channel.
-struct Channel {
-  Vec centre, scale, shift, slope;
-};
-
-template <class T>
-void channel_moments(const T* x, int64_t planes, int64_t spatial, int64_t stride, double& mean,
-                     double& square) {
-  mean = square = 0.0;
-  float shift = 0.0f;
-  bool started = false;
-  for_each_chunk(planes, spatial, [&](int64_t n, int64_t n_planes, int64_t s, int64_t length) {
-    const auto each = [&](auto&& use) {
-      for (int64_t i = n; i < n + n_planes; ++i) {
-        for_each_vector(length, [&](int64_t j, auto lanes) {
-          use(lanes.get(x + i * stride + s + j, 0), lanes.count());
-        });
-      }
-    };
-    if (!started) {
-      Vec total(0.0f);
-      each([&](Vec value, int) { total = total + value; });
-      shift = sum(total) / static_cast<float>(n_planes * length);
-      started = true;
-    }
-    Vec first(0.0f), second(0.0f);
-    each([&](Vec value, int count) {
-      const Vec d = keep(value - Vec(shift), count);
-      first = first + d;
-      second = fma(d, d, second);
-    });
-    mean += sum(first);
-    square += sum(second);
-  });
-  from_shifted(static_cast<double>(planes * spatial), shift, mean, square);
-}
-
-template <Activation A, class T>
-void channel_forward(const T* x, T* y, int64_t planes, int64_t spatial, int64_t stride, Channel c) {
-  for (int64_t n = 0; n < planes; ++n) {
-    for_each_vector(spatial, [&](int64_t j, auto lanes) {
-      const Vec z = fma(lanes.get(x + n * stride + j, 0) - c.centre, c.scale, c.shift);
-      lanes.put(y + n * stride + j, 0, activate<A>(z, c.slope));
-    });
-  }
-}
-
-template <Activation A, class T>
-void channel_sums(const T* x, const T* dy, int64_t planes, int64_t spatial, int64_t stride,
-                  Channel c, double& sum_dz, double& sum_dzx) {
-  sum_dz = sum_dzx = 0.0;
-  for_each_chunk(planes, spatial, [&](int64_t n, int64_t n_planes, int64_t s, int64_t length) {
-    Vec a(0.0f), b(0.0f);
-    for (int64_t i = n; i < n + n_planes; ++i) {
-      for_each_vector(length, [&](int64_t j, auto lanes) {
-        const int64_t at = i * stride + s + j;
-        const Vec d = lanes.get(x + at, 0) - c.centre;
-        const Vec dz =
-            through_activation<A>(lanes.get(dy + at, 0), fma(d, c.scale, c.shift), c.slope);
-        a = a + dz;
-        b = fma(dz, d, b);
-      });
-    }
-    sum_dz += sum(a);
-    sum_dzx += sum(b);
-  });
-}
-
-template <Activation A, class T>
-void channel_dx(const T* x, const T* dy, T* dx, int64_t planes, int64_t spatial, int64_t stride,
-                Channel c, Vec offset, Vec tilt) {
-  for (int64_t n = 0; n < planes; ++n) {
-    for_each_vector(spatial, [&](int64_t j, auto lanes) {
-      const int64_t at = n * stride + j;
-      const Vec d = lanes.get(x + at, 0) - c.centre;
-      const Vec dz =
-          through_activation<A>(lanes.get(dy + at, 0), fma(d, c.scale, c.shift), c.slope);
-      lanes.put(dx + at, 0, c.scale * dz - fma(d, tilt, offset));
-    });
-  }
-}
-
-void finish_statistics(const NormActForward& args, int64_t g, int64_t c, double mean, double square,
-                       double count) {
-  const double variance = square / count;
-  const int64_t at = g * args.shape.channels + c;
-  args.mean[at] = static_cast<float>(mean);
-  args.invstd[at] = static_cast<float>(1.0 / std::sqrt(variance + args.eps));
-  const auto follow = [&](float* running, double value) {
-    if (running) {
-      running[c] = static_cast<float>((1.0 - args.momentum) * running[c] + args.momentum * value);
-    }
-  };
-  follow(args.running_mean, mean);
-  follow(args.running_var, square / (count - 1.0));
-}
-
-// Running statistics follow every group in order: this loop is serial over groups.
+// Running statistics follow every group in order. moments(g, c, mean, sum of squared deviations).
 template <class Moments>
-void finish_groups(const NormActForward& args, double count, const Moments& moments) {
+void finish_statistics(const NormActForward& args, double count, const Moments& moments) {
+  const auto follow = [&](float* running, int64_t c, double value) {
+    if (!running) return;
+    running[c] = static_cast<float>((1.0 - args.momentum) * running[c] + args.momentum * value);
+  };
   for (int64_t g = 0; g < args.shape.groups; ++g) {
     for (int64_t c = 0; c < args.shape.channels; ++c) {
       double mean, square;
       moments(g, c, mean, square);
-      finish_statistics(args, g, c, mean, square, count);
+      const int64_t at = g * args.shape.channels + c;
+      args.mean[at] = static_cast<float>(mean);
+      args.invstd[at] = static_cast<float>(1.0 / std::sqrt(square / count + args.eps));
+      follow(args.running_mean, c, mean);
+      follow(args.running_var, c, square / (count - 1.0));
     }
   }
 }
 
 // Sums of every group -> offset and tilt of its dx, and the parameters' gradients.
+// sums(g, c, sum of dz, sum of dz * (x - mean)).
 template <class Sums>
 void finish_gradients(const NormActBackward& args, double count, float* offset, float* tilt,
                       const Sums& sums) {
@@ -386,19 +200,77 @@ void finish_gradients(const NormActBackward& args, double count, float* offset, 
   }
 }
 
-// Blocks of rows in parallel, strips of channels within a block: body(first row of the batch,
-// rows, block, group, first channel, lanes).
+// channels_last
+
+// Blocks of rows in parallel: body(first row of the batch, rows, block, group).
 template <class Body>
 void for_each_block(const NormActShape& s, const Body& body) {
   const RowBlocks blocks = row_blocks(s);
   parallel_for(team(s), s.groups * blocks.count, [&](int64_t block) {
     const int64_t g = block / blocks.count;
     const int64_t start = block % blocks.count * blocks.size;
-    const int64_t rows = std::min(blocks.size, blocks.rows - start);
-    for_each_strip(s.channels, [&](int64_t c, auto lanes) {
-      body(g * blocks.rows + start, rows, block, g, c, lanes);
-    });
+    body(g * blocks.rows + start, std::min(blocks.size, blocks.rows - start), block, g);
   });
+}
+
+// In the order of memory, which is what makes it fast: body(value, channel, lanes).
+template <class Body>
+void for_each_value(int64_t row, int64_t rows, int64_t channels, const Body& body) {
+  for (const int64_t end = row + rows; row < end; ++row) {
+    for_each_vector(channels, [&](int64_t c, auto lanes) { body(row * channels + c, c, lanes); });
+  }
+}
+
+// Two sums over rows for every channel, in the block's scratch: [2][channels] in float64, which
+// chunks of rows join, then as many in float32 for the chunk. terms(value, channel, lanes, a, b)
+// adds to a and b.
+template <class Terms>
+void sum_rows(int64_t row, int64_t rows, int64_t channels, double* scratch, const Terms& terms) {
+  float* chunk = reinterpret_cast<float*>(scratch + 2 * channels);
+  std::fill_n(scratch, 2 * channels, 0.0);
+  for (const int64_t end = row + rows; row < end; row += kChunkRows) {
+    std::fill_n(chunk, 2 * channels, 0.0f);
+    for_each_value(row, std::min(kChunkRows, end - row), channels,
+                   [&](int64_t at, int64_t c, auto lanes) {
+                     Vec a = lanes.get(chunk + c), b = lanes.get(chunk + channels + c);
+                     terms(at, c, lanes, a, b);
+                     lanes.put(chunk + c, a);
+                     lanes.put(chunk + channels + c, b);
+                   });
+    for (int64_t c = 0; c < 2 * channels; ++c) scratch[c] += chunk[c];
+  }
+}
+
+// Mean of a few rows spread over each group: a shift near the mean of all.
+template <class T>
+void sample_means(const NormActShape& s, const T* x, float* mean) {
+  const int64_t rows = s.batch / s.groups * s.spatial, C = s.channels;
+  const int64_t count = std::min<int64_t>(16, rows);
+  for (int64_t g = 0; g < s.groups; ++g) {
+    for_each_vector(C, [&](int64_t c, auto lanes) {
+      Vec total(0.0f);
+      for (int64_t i = 0; i < count; ++i) {
+        total = total + lanes.get(x + (g * rows + i * rows / count) * C + c);
+      }
+      lanes.put(mean + g * C + c, total * Vec(1.0f / static_cast<float>(count)));
+    });
+  }
+}
+
+// Where the scratch holds coefficients: scale and shift, then offset and tilt, of every channel.
+float* behind_sums(const NormActShape& s, double* scratch) {
+  return reinterpret_cast<float*>(scratch + s.groups * row_blocks(s).count * block_scratch(s));
+}
+
+// Adds the sums of a group's blocks up into those of its first, for every group.
+void add_blocks(const NormActShape& s, double* scratch) {
+  const int64_t count = row_blocks(s).count, size = block_scratch(s);
+  for (int64_t g = 0; g < s.groups; ++g) {
+    double* first = scratch + g * count * size;
+    for (int64_t b = 1; b < count; ++b) {
+      for (int64_t c = 0; c < 2 * s.channels; ++c) first[c] += first[b * size + c];
+    }
+  }
 }
 
 template <class T>
@@ -407,32 +279,37 @@ void forward_channels_last(const NormActForward& args) {
   const T* x = static_cast<const T*>(args.x);
   T* y = static_cast<T*>(args.y);
   const int64_t C = s.channels;
+  const RowBlocks blocks = row_blocks(s);
   if (args.training) {
-    for_each_block(s,
-                   [&](int64_t row, int64_t rows, int64_t block, int64_t, int64_t c, auto lanes) {
-                     double* moments = args.scratch + block * 2 * C;
-                     strip_moments(x + row * C + c, rows, C, lanes, moments + c, moments + C + c);
-                   });
-    const RowBlocks blocks = row_blocks(s);
-    finish_groups(args, static_cast<double>(blocks.rows),
-                  [&](int64_t g, int64_t c, double& mean, double& square) {
-                    mean = square = 0.0;
-                    for (int64_t b = 0; b < blocks.count; ++b) {
-                      const double* moments = args.scratch + (g * blocks.count + b) * 2 * C;
-                      const int64_t before = b * blocks.size;
-                      merge(static_cast<double>(before),
-                            static_cast<double>(std::min(blocks.size, blocks.rows - before)),
-                            moments[c], moments[C + c], mean, square);
-                    }
-                  });
+    sample_means(s, x, args.mean);
+    for_each_block(s, [&](int64_t row, int64_t rows, int64_t block, int64_t g) {
+      const float* shifts = args.mean + g * C;
+      sum_rows(row, rows, C, args.scratch + block * block_scratch(s),
+               [&](int64_t at, int64_t c, auto lanes, Vec& first, Vec& second) {
+                 const Vec d = lanes.stream(x + at) - lanes.get(shifts + c);
+                 first = first + d;
+                 second = fma(d, d, second);
+               });
+    });
+    add_blocks(s, args.scratch);
+    const double count = static_cast<double>(blocks.rows);
+    finish_statistics(args, count, [&](int64_t g, int64_t c, double& mean, double& square) {
+      const double* sums = args.scratch + g * blocks.count * block_scratch(s) + c;
+      mean = sums[0];
+      square = sums[C];
+      from_shifted(count, args.mean[g * C + c], mean, square);
+    });
   }
+  float* maps = behind_sums(s, args.scratch);
+  fill_maps(args, maps);
   const Vec slope(s.negative_slope);
   with_activation(s.activation, [&](auto chosen) {
-    for_each_block(s, [&](int64_t row, int64_t rows, int64_t, int64_t g, int64_t c, auto lanes) {
-      const int64_t at = row * C + c;
-      strip_forward<decltype(chosen)::value>(
-          x + at, y + at, rows, C, lanes, args.mean + g * C + c, args.invstd + g * C + c,
-          args.weight ? args.weight + c : nullptr, args.bias ? args.bias + c : nullptr, slope);
+    for_each_block(s, [&](int64_t row, int64_t rows, int64_t, int64_t g) {
+      const float *means = args.mean + g * C, *scales = maps + 2 * g * C, *shifts = scales + C;
+      for_each_value(row, rows, C, [&](int64_t at, int64_t c, auto lanes) {
+        const Affine map{lanes.get(means + c), lanes.get(scales + c), lanes.get(shifts + c), slope};
+        lanes.put(y + at, forward_value<decltype(chosen)::value>(lanes.stream(x + at), map));
+      });
     });
   });
 }
@@ -445,45 +322,112 @@ void backward_channels_last(const NormActBackward& args) {
   T* dx = static_cast<T*>(args.dx);
   const int64_t C = s.channels;
   const RowBlocks blocks = row_blocks(s);
-  float* offset = reinterpret_cast<float*>(args.scratch + s.groups * blocks.count * 2 * C);
+  float* maps = behind_sums(s, args.scratch);
+  float* offset = maps + s.groups * 2 * C;
   float* tilt = offset + s.groups * C;
+  fill_maps(args, maps);
   const Vec slope(s.negative_slope);
   with_activation(s.activation, [&](auto chosen) {
     constexpr Activation A = decltype(chosen)::value;
-    const auto of = [&](const float* parameter, int64_t c) {
-      return parameter ? parameter + c : nullptr;
-    };
-    for_each_block(s, [&](int64_t row, int64_t rows, int64_t block, int64_t g, int64_t c,
-                          auto lanes) {
-      const int64_t at = row * C + c;
-      double* sums = args.scratch + block * 2 * C;
-      strip_sums<A>(x + at, dy + at, rows, C, lanes, args.mean + g * C + c, args.invstd + g * C + c,
-                    of(args.weight, c), of(args.bias, c), slope, sums + c, sums + C + c);
+    for_each_block(s, [&](int64_t row, int64_t rows, int64_t block, int64_t g) {
+      const float *means = args.mean + g * C, *scales = maps + 2 * g * C, *shifts = scales + C;
+      sum_rows(row, rows, C, args.scratch + block * block_scratch(s),
+               [&](int64_t at, int64_t c, auto lanes, Vec& sum_dz, Vec& sum_dzx) {
+                 const Affine map{lanes.get(means + c), lanes.get(scales + c),
+                                  lanes.get(shifts + c), slope};
+                 const Vec d = lanes.stream(x + at) - map.centre;
+                 const Vec dz = gradient_of_z<A>(d, lanes.stream(dy + at), map);
+                 sum_dz = sum_dz + dz;
+                 sum_dzx = fma(dz, d, sum_dzx);
+               });
     });
+    add_blocks(s, args.scratch);
     finish_gradients(args, static_cast<double>(blocks.rows), offset, tilt,
                      [&](int64_t g, int64_t c, double& sum_dz, double& sum_dzx) {
-                       sum_dz = sum_dzx = 0.0;
-                       for (int64_t b = 0; b < blocks.count; ++b) {
-                         const double* sums = args.scratch + (g * blocks.count + b) * 2 * C;
-                         sum_dz += sums[c];
-                         sum_dzx += sums[C + c];
-                       }
+                       const double* sums = args.scratch + g * blocks.count * block_scratch(s) + c;
+                       sum_dz = sums[0];
+                       sum_dzx = sums[C];
                      });
     if (!dx) return;
-    for_each_block(s, [&](int64_t row, int64_t rows, int64_t, int64_t g, int64_t c, auto lanes) {
-      const int64_t at = row * C + c;
-      strip_dx<A>(x + at, dy + at, dx + at, rows, C, lanes, args.mean + g * C + c,
-                  args.invstd + g * C + c, of(args.weight, c), of(args.bias, c), slope,
-                  offset + g * C + c, tilt + g * C + c);
+    for_each_block(s, [&](int64_t row, int64_t rows, int64_t, int64_t g) {
+      const float *means = args.mean + g * C, *scales = maps + 2 * g * C, *shifts = scales + C;
+      for_each_value(row, rows, C, [&](int64_t at, int64_t c, auto lanes) {
+        const Affine map{lanes.get(means + c), lanes.get(scales + c), lanes.get(shifts + c), slope};
+        const Vec constant = lanes.get(offset + g * C + c), linear = lanes.get(tilt + g * C + c);
+        lanes.put(dx + at, gradient_of_x<A>(lanes.stream(x + at), lanes.stream(dy + at), map,
+                                            constant, linear));
+      });
     });
   });
 }
 
-template <class Args>
-Channel channel_of(const Args& args, int64_t g, int64_t c) {
-  const int64_t at = g * args.shape.channels + c;
-  return {Vec(args.mean[at]), Vec(args.weight ? args.invstd[at] * args.weight[c] : args.invstd[at]),
-          Vec(args.bias ? args.bias[c] : 0.0f), Vec(args.shape.negative_slope)};
+// contiguous
+
+// The chunks of one channel: runs of whole planes, or pieces of one plane.
+template <class Body>
+void for_each_chunk(int64_t planes, int64_t spatial, const Body& body) {
+  if (spatial <= kChunkValues) {
+    const int64_t step = kChunkValues / std::max<int64_t>(spatial, 1);
+    for (int64_t n = 0; n < planes; n += step) body(n, std::min(step, planes - n), 0, spatial);
+  } else {
+    for (int64_t n = 0; n < planes; ++n) {
+      for (int64_t s = 0; s < spatial; s += kChunkValues) {
+        body(n, 1, s, std::min(kChunkValues, spatial - s));
+      }
+    }
+  }
+}
+
+template <class T>
+void channel_moments(const T* x, int64_t planes, int64_t spatial, int64_t stride, double& mean,
+                     double& square) {
+  mean = square = 0.0;
+  float shift = 0.0f;
+  bool started = false;
+  for_each_chunk(planes, spatial, [&](int64_t n, int64_t n_planes, int64_t s, int64_t length) {
+    const auto each = [&](auto&& use) {
+      for (int64_t i = n; i < n + n_planes; ++i) {
+        for_each_vector(length, [&](int64_t j, auto lanes) {
+          use(lanes.get(x + i * stride + s + j), lanes.count());
+        });
+      }
+    };
+    if (!started) {
+      Vec total(0.0f);
+      each([&](Vec value, int) { total = total + value; });
+      shift = sum(total) / static_cast<float>(n_planes * length);
+      started = true;
+    }
+    Vec first(0.0f), second(0.0f);
+    each([&](Vec value, int count) {
+      const Vec d = keep(value - Vec(shift), count);
+      first = first + d;
+      second = fma(d, d, second);
+    });
+    mean += sum(first);
+    square += sum(second);
+  });
+  from_shifted(static_cast<double>(planes * spatial), shift, mean, square);
+}
+
+template <Activation A, class T>
+void channel_sums(const T* x, const T* dy, int64_t planes, int64_t spatial, int64_t stride,
+                  const Affine& map, double& sum_dz, double& sum_dzx) {
+  sum_dz = sum_dzx = 0.0;
+  for_each_chunk(planes, spatial, [&](int64_t n, int64_t n_planes, int64_t s, int64_t length) {
+    Vec a(0.0f), b(0.0f);
+    for (int64_t i = n; i < n + n_planes; ++i) {
+      for_each_vector(length, [&](int64_t j, auto lanes) {
+        const int64_t at = i * stride + s + j;
+        const Vec d = lanes.stream(x + at) - map.centre;
+        const Vec dz = gradient_of_z<A>(d, lanes.stream(dy + at), map);
+        a = a + dz;
+        b = fma(dz, d, b);
+      });
+    }
+    sum_dz += sum(a);
+    sum_dzx += sum(b);
+  });
 }
 
 // One channel of one group at a time: body(first value, planes, group, channel).
@@ -512,12 +456,17 @@ void forward_contiguous(const NormActForward& args) {
         args.invstd[g * s.channels + c] =
             static_cast<float>(1.0 / std::sqrt(moments[1] / count + args.eps));
       }
-      channel_forward<decltype(chosen)::value>(x + at, y + at, planes, s.spatial, stride,
-                                               channel_of(args, g, c));
+      const Affine map = affine_of_channel(args, g, c);
+      for (int64_t n = 0; n < planes; ++n) {
+        for_each_vector(s.spatial, [&](int64_t j, auto lanes) {
+          const int64_t here = at + n * stride + j;
+          lanes.put(y + here, forward_value<decltype(chosen)::value>(lanes.get(x + here), map));
+        });
+      }
     });
   });
   if (!args.training) return;
-  finish_groups(args, count, [&](int64_t g, int64_t c, double& mean, double& square) {
+  finish_statistics(args, count, [&](int64_t g, int64_t c, double& mean, double& square) {
     mean = args.scratch[(g * s.channels + c) * 2];
     square = args.scratch[(g * s.channels + c) * 2 + 1];
   });
@@ -536,17 +485,23 @@ void backward_contiguous(const NormActBackward& args) {
   with_activation(s.activation, [&](auto chosen) {
     constexpr Activation A = decltype(chosen)::value;
     for_each_channel(s, [&](int64_t at, int64_t planes, int64_t g, int64_t c) {
-      const Channel channel = channel_of(args, g, c);
+      const Affine map = affine_of_channel(args, g, c);
       const int64_t gc = g * s.channels + c;
       double* sums = args.scratch + gc * 2;
-      channel_sums<A>(x + at, dy + at, planes, s.spatial, stride, channel, sums[0], sums[1]);
+      channel_sums<A>(x + at, dy + at, planes, s.spatial, stride, map, sums[0], sums[1]);
       if (!dx) return;
       const double invstd = args.invstd[gc];
       const double share =
           args.training ? invstd * (args.weight ? args.weight[c] : 1.0f) / count : 0.0;
-      channel_dx<A>(x + at, dy + at, dx + at, planes, s.spatial, stride, channel,
-                    Vec(static_cast<float>(share * sums[0])),
-                    Vec(static_cast<float>(share * sums[1] * invstd * invstd)));
+      const Vec constant(static_cast<float>(share * sums[0]));
+      const Vec linear(static_cast<float>(share * sums[1] * invstd * invstd));
+      for (int64_t n = 0; n < planes; ++n) {
+        for_each_vector(s.spatial, [&](int64_t j, auto lanes) {
+          const int64_t here = at + n * stride + j;
+          lanes.put(dx + here, gradient_of_x<A>(lanes.get(x + here), lanes.get(dy + here), map,
+                                                constant, linear));
+        });
+      }
     });
   });
   finish_gradients(args, count, offset, tilt,

@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <atomic>
 #include <thread>
 #include <vector>
 
@@ -14,21 +13,35 @@ struct Loop {
   void (*task)(void*, int64_t);
   void* context;
   int64_t count;
-  std::atomic<int64_t> next{0};
 
-  // Tickets, not fixed shares: every index is done even if fewer threads come than were asked for.
-  void run() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
+  // Fixed shares in order: a thread meets the same rows in every pass, and those that torch's own
+  // loops gave it, so that they are in its cache.
+  void run(int64_t thread, int64_t threads) const {
+    for (int64_t i = count * thread / threads; i < count * (thread + 1) / threads; ++i) {
+      task(context, i);
+    }
   }
 };
 
-using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
+// Entry points that GNU's and LLVM's OpenMP runtimes share, in the runtime that torch brought into
+// the process. Linking one of our own would start a second pool of spinning threads.
+struct OpenMP {
+  void (*fork)(void (*)(void*), void*, unsigned, unsigned);
+  int (*thread)();
+  int (*threads)();
 
-// The OpenMP runtime that torch brought into the process, by the entry point that GNU's and LLVM's
-// share. Linking one of our own would start a second pool of spinning threads.
-Fork openmp_fork() {
-  static const Fork fork = reinterpret_cast<Fork>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return fork;
+  template <class Function>
+  static Function find(const char* name) {
+    return reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+  }
+  explicit operator bool() const { return fork && thread && threads; }
+};
+
+const OpenMP& openmp() {
+  static const OpenMP found{OpenMP::find<decltype(OpenMP::fork)>("GOMP_parallel"),
+                            OpenMP::find<decltype(OpenMP::thread)>("omp_get_thread_num"),
+                            OpenMP::find<decltype(OpenMP::threads)>("omp_get_num_threads")};
+  return found;
 }
 
 }  // namespace
@@ -37,14 +50,17 @@ void parallel_for(int threads, int64_t count, void (*task)(void*, int64_t), void
   Loop loop{task, context, count};
   const int team = static_cast<int>(std::min<int64_t>(threads, count));
   if (team <= 1) {
-    loop.run();
-  } else if (const Fork fork = openmp_fork()) {
-    fork([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, static_cast<unsigned>(team),
-         0);
+    loop.run(0, 1);
+  } else if (openmp()) {
+    // The team may come smaller than asked for: shares follow its real size.
+    const auto share = [](void* data) {
+      static_cast<const Loop*>(data)->run(openmp().thread(), openmp().threads());
+    };
+    openmp().fork(share, &loop, static_cast<unsigned>(team), 0);
   } else {
     std::vector<std::thread> others;
-    for (int i = 1; i < team; ++i) others.emplace_back([&loop] { loop.run(); });
-    loop.run();
+    for (int i = 1; i < team; ++i) others.emplace_back([&loop, i, team] { loop.run(i, team); });
+    loop.run(0, team);
     for (std::thread& other : others) other.join();
   }
 }

@@ -21,6 +21,8 @@ logger = logging.getLogger("pygan")
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 Support = Callable[[], "str | None"]
 
 
@@ -42,7 +44,7 @@ def choose(operation: str, impl: str, candidates: Sequence[tuple[str, Support]])
         UserError: a named implementation does not exist or cannot run.
     """
     if impl == "auto":
-        impl = os.environ.get("PYGAN_IMPL", "auto")
+        impl = wished()
     if impl == "auto":
         for name, supports in candidates:
             reason = supports()
@@ -59,6 +61,11 @@ def choose(operation: str, impl: str, candidates: Sequence[tuple[str, Support]])
     if reason is not None:
         raise UserError(f"{operation} cannot run as {impl!r}: {reason}")
     return impl
+
+
+def wished() -> str:
+    """What ``PYGAN_IMPL`` names, else "auto"."""
+    return os.environ.get("PYGAN_IMPL", "auto")
 
 
 def always() -> None:
@@ -90,8 +97,10 @@ def supports_triton(*tensors: torch.Tensor) -> str | None:
 def supports_cpu(*tensors: torch.Tensor) -> str | None:
     """Reason that the native kernels cannot take tensors of this device and type, or None."""
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"a tensor is on {tensor.device}, not on the CPU"
         if tensor.dtype not in native.DTYPES:
             return f"the dtype is {tensor.dtype}, not float32 or bfloat16"
+        if type(tensor) not in _PLAIN:
+            return f"a tensor is a {type(tensor).__name__}, not a plain one"
     return native.reason()

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,20 +68,27 @@ def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
     return z
 
 
+class Settings(NamedTuple):
+    """Everything that is not a tensor, in ``batch_norm``'s order."""
+
+    training: bool
+    momentum: float
+    eps: float
+    activation: str
+    negative_slope: float
+    groups: int
+
+
 def norm_act_ref(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-    groups: int,
+    settings: Settings,
 ) -> Tensor:
     """The definition in torch: one ``batch_norm`` call a group, then the activation."""
+    training, momentum, eps, activation, negative_slope, groups = settings
     z = [
         F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps)
         for part in (x.chunk(groups) if training else [x])
@@ -90,11 +98,15 @@ def norm_act_ref(
 
 def _supports_cpu(x: Tensor, *parameters: Tensor | None) -> str | None:
     for parameter in parameters:
-        if parameter is not None and parameter.dtype != torch.float32:
+        if parameter is None:
+            continue
+        if parameter.dtype is not torch.float32:
             return f"a parameter or buffer is {parameter.dtype}, not float32"
-        if parameter is not None and not parameter.is_contiguous():
+        if not parameter.is_cpu:
+            return f"a parameter or buffer is on {parameter.device}, not on the CPU"
+        if not parameter.is_contiguous():
             return "a parameter or buffer is not contiguous"
-    return dispatch.supports_cpu(x, *(p for p in parameters if p is not None))
+    return dispatch.supports_cpu(x)
 
 
 def _dense(x: Tensor) -> tuple[Tensor, int]:
@@ -106,27 +118,98 @@ def _dense(x: Tensor) -> tuple[Tensor, int]:
     return x if x.is_contiguous() else x.contiguous(), 1
 
 
-def _like(t: Tensor, x: Tensor, layout: int) -> Tensor:
-    """t in exactly the strides of x."""
-    if t.stride() == x.stride() and t.dtype == x.dtype:
-        return t
-    return torch.empty_like(x).copy_(t)
-
-
-def _shape(x: Tensor, layout: int, groups: int, activation: str, slope: float) -> Any:
-    module = native.load()
-    assert module is not None
+def _shape(module: ModuleType, x: Tensor, layout: int, settings: Settings) -> Any:
+    size = x.shape
     return module.NormActShape(
         native.DTYPES[x.dtype],
         layout,
-        x.shape[0],
-        x.shape[1],
-        x.shape[2:].numel(),
-        groups,
-        ACTIVATIONS[activation],
-        slope,
+        size[0],
+        size[1],
+        size[2:].numel(),
+        settings.groups,
+        ACTIVATIONS[settings.activation],
+        settings.negative_slope,
         torch.get_num_threads(),
     )
+
+
+def _cpu_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """y, and mean and invstd as ``[2, groups, C]``."""
+    module = native.load()
+    assert module is not None
+    x, layout = _dense(x)
+    y = torch.empty_like(x)
+    shape = _shape(module, x, layout, settings)
+    training, address = settings.training, native.address
+    if training:
+        statistics = torch.empty((2, settings.groups, x.shape[1]))
+    else:
+        assert running_mean is not None and running_var is not None
+        statistics = torch.stack([running_mean, torch.rsqrt(running_var + settings.eps)])
+    scratch = torch.empty(module.norm_act_scratch(shape), dtype=torch.float64)
+    mean = statistics.data_ptr()
+    module.norm_act_forward(
+        shape,
+        x.data_ptr(),
+        address(weight),
+        address(bias),
+        training,
+        settings.eps,
+        settings.momentum,
+        address(running_mean) if training else 0,
+        address(running_var) if training else 0,
+        y.data_ptr(),
+        mean,
+        mean + statistics.numel() // 2 * statistics.element_size(),
+        scratch.data_ptr(),
+    )
+    if training and running_mean is not None and running_var is not None:
+        torch.autograd.graph.increment_version([running_mean, running_var])
+    return y, statistics
+
+
+def _cpu_backward(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    wants: Sequence[bool],
+    settings: Settings,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    module = native.load()
+    assert module is not None
+    x, layout = _dense(x)
+    if dy.stride() != x.stride() or dy.dtype != x.dtype:
+        dy = torch.empty_like(x).copy_(dy)
+    shape = _shape(module, x, layout, settings)
+    dx = torch.empty_like(x) if wants[0] else None
+    dweight = torch.zeros_like(weight) if wants[1] and weight is not None else None
+    dbias = torch.zeros_like(bias) if wants[2] and bias is not None else None
+    scratch = torch.empty(module.norm_act_scratch(shape), dtype=torch.float64)
+    mean, address = statistics.data_ptr(), native.address
+    module.norm_act_backward(
+        shape,
+        x.data_ptr(),
+        dy.data_ptr(),
+        address(weight),
+        address(bias),
+        mean,
+        mean + statistics.numel() // 2 * statistics.element_size(),
+        settings.training,
+        address(dx),
+        address(dweight),
+        address(dbias),
+        scratch.data_ptr(),
+    )
+    return dx, dweight, dbias
 
 
 class _NormAct(torch.autograd.Function):
@@ -138,98 +221,30 @@ class _NormAct(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        activation: str,
-        slope: float,
-        groups: int,
+        settings: Settings,
     ) -> Tensor:
-        module = native.load()
-        assert module is not None
-        x_dense, layout = _dense(x)
-        y = torch.empty_like(x_dense)
-        shape = _shape(x_dense, layout, groups, activation, slope)
-        if training:
-            mean, invstd = torch.empty(2, groups, x.shape[1])
-            scratch = torch.empty(module.norm_act_scratch(shape), dtype=torch.float64)
-        else:
-            assert running_mean is not None and running_var is not None
-            mean, invstd, scratch = running_mean, torch.rsqrt(running_var + eps), None
-        at = native.address
-        module.norm_act_forward(
-            shape,
-            at(x_dense),
-            at(weight),
-            at(bias),
-            training,
-            eps,
-            momentum,
-            at(running_mean) if training else 0,
-            at(running_var) if training else 0,
-            at(y),
-            at(mean),
-            at(invstd),
-            at(scratch),
-        )
-        if training and running_mean is not None and running_var is not None:
-            torch.autograd.graph.increment_version([running_mean, running_var])
-        ctx.save_for_backward(x, weight, bias, mean, invstd, None if training else running_var)
-        ctx.settings = training, momentum, eps, activation, slope, groups
+        y, statistics = _cpu_forward(x, weight, bias, running_mean, running_var, settings)
+        frozen = (None, None) if settings.training else (running_mean, running_var)
+        ctx.save_for_backward(x, weight, bias, statistics, *frozen)
+        ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, invstd, running_var = ctx.saved_tensors
-        training, _, _, activation, slope, groups = ctx.settings
-        (dy,) = grads
+        x, weight, bias, statistics, running_mean, running_var = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            found = _differentiable_grads(
-                dy, x, weight, bias, None if training else mean, running_var, wants, ctx.settings
-            )
-            return (*found, *[None] * 8)
-        module = native.load()
-        assert module is not None
-        x_dense, layout = _dense(x)
-        dy = _like(dy, x_dense, layout)
-        shape = _shape(x_dense, layout, groups, activation, slope)
-        dx = torch.empty_like(x_dense) if wants[0] else None
-        dweight = torch.zeros_like(weight) if wants[1] else None
-        dbias = torch.zeros_like(bias) if wants[2] else None
-        scratch = torch.empty(module.norm_act_scratch(shape), dtype=torch.float64)
-        at = native.address
-        module.norm_act_backward(
-            shape,
-            at(x_dense),
-            at(dy),
-            at(weight),
-            at(bias),
-            at(mean),
-            at(invstd),
-            training,
-            at(dx),
-            at(dweight),
-            at(dbias),
-            at(scratch),
-        )
-        return (dx, dweight, dbias, *[None] * 8)
+            y = norm_act_ref(x, running_mean, running_var, weight, bias, ctx.settings)
+            return (*_differentiable_grads(y, (x, weight, bias), grads[0], wants), None, None, None)
+        found = _cpu_backward(x, grads[0], weight, bias, statistics, wants, ctx.settings)
+        return (*found, None, None, None)
 
 
 def _differentiable_grads(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    wants: tuple[bool, ...],
-    settings: tuple[Any, ...],
+    y: Tensor, tensors: Sequence[Tensor | None], dy: Tensor, wants: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients as functions of dy, x, weight and bias: those of the reference."""
-    tensors = zip((x, weight, bias), wants, strict=True)
-    inputs = [t for t, wanted in tensors if wanted and t is not None]
-    y = norm_act_ref(x, running_mean, running_var, weight, bias, *settings)
+    """Gradients as functions of dy and the tensors, for a y made by the reference."""
+    inputs = [t for t, wanted in zip(tensors, wants, strict=True) if wanted and t is not None]
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     return [next(found) if wanted else None for wanted in wants]
 
@@ -262,15 +277,19 @@ def norm_act(
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
-    chosen = dispatch.choose(
-        "norm_act",
-        impl,
-        [
-            ("cpu", lambda: _supports_cpu(x, weight, bias, running_mean, running_var)),
-            ("torch", dispatch.always),
-        ],
+    settings = Settings(
+        training, momentum, eps, activation, negative_slope, groups if training else 1
     )
-    settings = training, momentum, eps, activation, negative_slope, groups if training else 1
-    if chosen == "cpu":
-        return _NormAct.apply(x, weight, bias, running_mean, running_var, *settings)
-    return norm_act_ref(x, running_mean, running_var, weight, bias, *settings)
+    if _chosen(impl, x, weight, bias, running_mean, running_var) == "torch":
+        return norm_act_ref(x, running_mean, running_var, weight, bias, settings)
+    if torch.is_grad_enabled():
+        return _NormAct.apply(x, weight, bias, running_mean, running_var, settings)
+    return _cpu_forward(x, weight, bias, running_mean, running_var, settings)[0]
+
+
+def _chosen(impl: str, x: Tensor, *parameters: Tensor | None) -> str:
+    # The usual answer first: it is asked for in every layer of every step.
+    if impl == "auto" and dispatch.wished() == "auto" and _supports_cpu(x, *parameters) is None:
+        return "cpu"
+    candidates = [("cpu", lambda: _supports_cpu(x, *parameters)), ("torch", dispatch.always)]
+    return dispatch.choose("norm_act", impl, candidates)
