@@ -79,12 +79,11 @@ def test_update_is_the_reference_update_in_float64(loss: str) -> None:
 
 
 @pytest.mark.native
-@pytest.mark.parametrize(("optimizer", "smooth"), [("adam", False), ("adam", True), ("sgd", True)])
-def test_twenty_steps_in_float32_within_1e_5(optimizer: str, smooth: bool) -> None:
-    # A ReLU input that rounds to the other side of zero changes a gradient by a finite amount, in
-    # plain torch between its own memory formats too. Smooth activations have no such points; the
-    # case with ReLU is one whose 20 steps meet none.
-    settings = {"optimizer": optimizer, "smooth": smooth}
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_twenty_steps_in_float32_within_1e_5(optimizer: str) -> None:
+    # With smooth activations: where an input of a ReLU rounds to the other side of zero, a gradient
+    # changes by a finite amount, in plain torch between its own memory formats too.
+    settings = {"optimizer": optimizer, "smooth": True}
     ours, _ = train(pygan.AdversarialStep, 20, fused=True, **settings)
     plain, _ = train(pygan.ReferenceStep, 20, **settings)
     start, _ = train(pygan.ReferenceStep, 0, **settings)
