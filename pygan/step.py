@@ -169,9 +169,10 @@ def _constant(module: nn.Module) -> Iterator[None]:
 class AdversarialStep(_Step):
     """The fast update: ``result = step(real, z=None)``.
 
-    - D sees real and generated images as one batch of 2N, with statistics for each half and
-      running statistics in order: the numbers of two calls. Where D holds something that may mix
-      samples, it is called twice.
+    - On a GPU D sees real and generated images as one batch of 2N, with statistics for each half
+      and running statistics in order: the numbers of two calls in half the launches. Where D holds
+      something that may mix samples, and on a CPU, where the halves fit the caches better, it is
+      called twice.
     - G runs once; its images serve D's update and, with D's new weights, G's.
     - D is constant while G learns: its weight gradients are not computed.
     - Losses, their gradients and the mean probabilities come from one pass over the logits.
@@ -189,8 +190,8 @@ class AdversarialStep(_Step):
         real_target: below 1 for one-sided label smoothing (Salimans et al. 2016).
         amp: "auto", "off", "bf16" or "fp16" (with a gradient scaler for each optimizer).
         graph: "auto" or "off".
-        merge: one call of D for both halves: "auto" where it is known to be the same, True or
-            False to force.
+        merge: one call of D for both halves: "auto" (on a GPU, where it is known to be the same),
+            True or False to force.
         generator: for z.
 
     Raises:
@@ -212,7 +213,8 @@ class AdversarialStep(_Step):
             if any(p.dim() == 4 for p in module.parameters()):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.merge == "auto":
-            reason = why_not_mergeable(D)
+            # Two calls cost launches, one costs cache: on a CPU the larger batch is slower.
+            reason = "it runs on a CPU" if self.device.type == "cpu" else why_not_mergeable(D)
             self.merge = reason is None
             if reason is not None:
                 logger.info("D is called twice a step, because %s", reason)
@@ -226,24 +228,38 @@ class AdversarialStep(_Step):
 
     def _update_d(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.opt_d.zero_grad(set_to_none=True)
+        gradients = self._merged_gradients if self.merge else self._separate_gradients
+        losses = gradients(real, fake)
+        self._scaler_d.step(self.opt_d)
+        self._scaler_d.update()
+        return losses
+
+    def _merged_gradients(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with self._autocast():
-            if self.merge:
-                both = torch.cat([_in_format_of(fake, real), fake])
-                with batch_groups(2):
-                    logits = self.D(both).flatten()
-                real_logits, fake_logits = logits.split(logits.numel() // 2)
-            else:
-                real_logits, fake_logits = self.D(real).flatten(), self.D(fake).flatten()
-                logits = torch.cat([real_logits, fake_logits])
+            both = torch.cat([_in_format_of(fake, real), fake])
+            with batch_groups(2):
+                logits = self.D(both).flatten()
+            real_logits, fake_logits = logits.split(logits.numel() // 2)
         terms = (
             term_of("real", real_logits, self.real_target, self.loss_weight),
             term_of("fake", fake_logits, 0.0, self.loss_weight),
         )
         loss, probabilities = gan_loss(logits, terms)
         self._scaler_d.scale(loss).backward()
-        self._scaler_d.step(self.opt_d)
-        self._scaler_d.update()
         return loss.detach(), probabilities[0], probabilities[1]
+
+    def _separate_gradients(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # A backward after each forward, so that what it reads may still be in the caches.
+        losses, probabilities = [], []
+        halves = (("real", real, self.real_target), ("fake", fake, 0.0))
+        for name, images, target in halves:
+            with self._autocast():
+                logits = self.D(images).flatten()
+            loss, probability = gan_loss(logits, (term_of(name, logits, target, self.loss_weight),))
+            self._scaler_d.scale(loss).backward()
+            losses.append(loss.detach())
+            probabilities.append(probability[0])
+        return losses[0] + losses[1], probabilities[0], probabilities[1]
 
     def _update_g(self, fake: Tensor) -> tuple[Tensor, Tensor]:
         self.opt_g.zero_grad(set_to_none=True)

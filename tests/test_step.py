@@ -119,12 +119,18 @@ def test_a_discriminator_that_mixes_samples_is_called_twice() -> None:
     assert Mixing.calls == 3
 
 
-def test_discriminator_is_constant_while_the_generator_learns() -> None:
+@pytest.mark.parametrize(("merge", "backwards"), [(True, 1), (False, 2)])
+def test_discriminator_is_constant_while_the_generator_learns(merge: bool, backwards: int) -> None:
     G, D = networks()
     frozen = next(D.parameters())
     frozen.requires_grad_(False)
     step = pygan.AdversarialStep(
-        G, D, torch.optim.SGD(G.parameters()), torch.optim.SGD(D.parameters()), amp="off"
+        G,
+        D,
+        torch.optim.SGD(G.parameters()),
+        torch.optim.SGD(D.parameters()),
+        amp="off",
+        merge=merge,
     )
     wanted = [p.requires_grad for p in D.parameters()]
     before = {}
@@ -132,7 +138,7 @@ def test_discriminator_is_constant_while_the_generator_learns() -> None:
         if p.requires_grad:
             p.register_hook(lambda g, n=name: before.__setitem__(n, before.get(n, 0) + 1))
     step(*batches(1)[0])
-    assert set(before.values()) == {1}
+    assert set(before.values()) == {backwards}
     assert [p.requires_grad for p in D.parameters()] == wanted
 
 
