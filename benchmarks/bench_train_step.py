@@ -76,6 +76,7 @@ WAYS = (
         eager(Writing(channels_last=True, by_hand=True)),
         baseline=True,
     ),
+    Way("eager bf16", "bf16", eager(Writing(bf16=True)), baseline=True, full_only=True),
     Way(
         "eager bf16 channels_last",
         "bf16",
