@@ -160,15 +160,20 @@ def test_without_parameters_or_running_statistics(affine: bool, tracked: bool, l
     check(Case((4, 19, 6, 5), layout=layout, affine=affine, tracked=tracked))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_grad_of_grad(groups: int, activation: str, training: bool, layout: str) -> None:
-    case = Case(
-        (6, 9, 5, 4), layout=layout, activation=activation, training=training, groups=groups
-    )
-    check(case, second=True)
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_grad_of_grad(
+    groups: int, activation: str, training: bool, layout: str, dtype: torch.dtype
+) -> None:
+    check(Case((6, 9, 5, 4), dtype, layout, groups, activation, training), second=True)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s != (6, 3, 1, 1)], ids=str)
+def test_grad_of_grad_of_odd_shapes(shape: tuple[int, ...]) -> None:
+    check(Case(shape, activation="leaky_relu"), second=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
