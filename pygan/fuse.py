@@ -63,20 +63,17 @@ def _globally_hooked() -> bool:
     )
 
 
-def _runs(layers: list[nn.Module]) -> Iterator[tuple[int, nn.Module | None]]:
-    """Index of every layer that is called, with the activation that its batch norm takes along."""
+def _runs(layers: list[nn.Module]) -> Iterator[tuple[int, bool, nn.Module | None]]:
+    """Index of every layer that is called, whether it is a batch norm to run as an operation, and
+    the activation that it then takes along."""
     i = 0
     while i < len(layers):
-        follower = layers[i + 1] if i + 1 < len(layers) else None
-        fusible = (
-            type(layers[i]) in BATCH_NORMS
-            and why_opaque(layers[i]) is None
-            and type(follower) in ACTIVATIONS
-            and follower is not None
-            and why_opaque(follower) is None
-        )
-        yield i, follower if fusible else None
-        i += 2 if fusible else 1
+        ours = type(layers[i]) in BATCH_NORMS and why_opaque(layers[i]) is None
+        follower = layers[i + 1] if ours and i + 1 < len(layers) else None
+        if type(follower) not in ACTIVATIONS or (follower and why_opaque(follower) is not None):
+            follower = None
+        yield i, ours, follower
+        i += 1 if follower is None else 2
 
 
 def _norm_act_layers(norm: nn.Module, activation: nn.Module | None, x: Tensor) -> Tensor:
@@ -136,12 +133,9 @@ class FusedSequential(nn.Sequential):
         if torch.compiler.is_compiling() or type(input) is not Tensor or _globally_hooked():
             return super().forward(input)
         layers = list(self._modules.values())
-        for i, activation in _runs(layers):
+        for i, ours, activation in _runs(layers):
             layer = layers[i]
-            if type(layer) in BATCH_NORMS and why_opaque(layer) is None:
-                input = _norm_act_layers(layer, activation, input)
-            else:
-                input = layer(input)
+            input = _norm_act_layers(layer, activation, input) if ours else layer(input)
         return input
 
 
@@ -189,7 +183,7 @@ def _describe(
 ) -> None:
     keys, layers = list(container._modules), list(container)
     prefix = f"{name}." if name else ""
-    for i, activation in _runs(layers):
+    for i, _, activation in _runs(layers):
         layer = layers[i]
         if not isinstance(layer, BATCH_NORMS):
             continue

@@ -126,7 +126,7 @@ class _Step:
         last = real.permute(0, 2, 3, 1)
         index = torch.arange(real.shape[0], device=real.device)
         dtype = _DTYPES[self.amp]
-        return image_batch(last if last.is_contiguous() else last.contiguous(), index, dtype=dtype)
+        return image_batch(last.contiguous(), index, dtype=dtype)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.amp != "off"

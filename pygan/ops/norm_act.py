@@ -113,9 +113,9 @@ def _dense(x: Tensor) -> tuple[Tensor, int]:
     """x in a layout the kernels address (itself wherever that is possible), and the layout."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = formats.get(x.dim())
-    if x.dim() == 2 or (last is not None and x.is_contiguous(memory_format=last)):
-        return (x if x.dim() > 2 or x.is_contiguous() else x.contiguous()), 0
-    return x if x.is_contiguous() else x.contiguous(), 1
+    if last is not None and x.is_contiguous(memory_format=last):
+        return x, 0
+    return x.contiguous(), 0 if x.dim() == 2 else 1
 
 
 def _shape(module: ModuleType, x: Tensor, layout: int, settings: Settings) -> Any:

@@ -1,31 +1,18 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
+from implementations import CPU, DTYPES, TRITON
 from torch import Tensor
 
 from pygan.errors import UserError
 from pygan.functional import gan_d_loss, gan_g_loss
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLS = [
-    pytest.param("cpu", marks=pytest.mark.native),
-    pytest.param("torch", marks=pytest.mark.native),
-    pytest.param(
-        "triton",
-        marks=[
-            pytest.mark.triton,
-            pytest.mark.skipif(not INTERPRETED, reason="runs where TRITON_INTERPRET=1"),
-        ],
-    ),
-]
-# Triton's interpreter truncates to bfloat16 where a GPU rounds, so there the half type is float16.
-DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
+IMPLS = [CPU, pytest.param("torch", marks=pytest.mark.native), TRITON]
 
 
 def logits(kind: str, size: int, dtype: torch.dtype) -> Tensor:

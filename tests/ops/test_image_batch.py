@@ -1,26 +1,13 @@
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from implementations import CPU, DTYPES, TRITON
 
 from pygan.errors import UserError
 from pygan.functional import image_batch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLS = [
-    pytest.param("cpu", marks=pytest.mark.native),
-    pytest.param(
-        "triton",
-        marks=[
-            pytest.mark.triton,
-            pytest.mark.skipif(not INTERPRETED, reason="runs where TRITON_INTERPRET=1"),
-        ],
-    ),
-]
-# Triton's interpreter truncates to bfloat16 where a GPU rounds, so there the half type is float16.
-DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
+IMPLS = [CPU, TRITON]
 
 
 def images(count: int, height: int, width: int, channels: int) -> torch.Tensor:
