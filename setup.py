@@ -2,7 +2,9 @@
 
 ``PYGAN_EXT`` decides what a failed build means: ``auto`` (the default) keeps the reason and the
 compiler's output in ``pygan/_build_log.txt`` and installs pygan without the extension,
-``require`` makes the installation fail, ``off`` does not build.
+``require`` makes the installation fail, ``off`` does not build. ``PYGAN_SANITIZE``, for example
+``address,undefined``, compiles these sanitizers in; such an extension loads only into a process
+that started with their runtime (``LD_PRELOAD``).
 """
 
 from __future__ import annotations
@@ -140,6 +142,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11_directory()}",
             f"-DPYGAN_OUTPUT_DIRECTORY={module.parent}",
             f"-DPYGAN_WERROR={'ON' if werror else 'OFF'}",
+            f"-DPYGAN_SANITIZE={os.environ.get('PYGAN_SANITIZE', '')}",
         ]
         if not run_logged(configure, output):
             shutil.rmtree(build, ignore_errors=True)  # a half-made cache outlives its cause
@@ -151,7 +154,7 @@ class CMakeBuild(build_ext):
 
     def build_directory(self, werror: bool) -> Path:
         # cmake reads these once, when it makes its cache.
-        variables = ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")
+        variables = ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "PYGAN_SANITIZE")
         key = repr([sys.executable, werror, self.debug, *map(os.environ.get, variables)])
         name = f"cmake-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
         return Path(self.build_temp).resolve() / name

@@ -7,6 +7,9 @@ The protocol:
   is taken within each round: a clock that drifts slows every side of a round alike.
 - Before that, every side must compute the right thing (`benchmarks.correct`). A side that does
   not makes its whole case fail, and the case prints no number.
+  A method of which it is known, and which pygan does not take by itself, is skipped instead, with
+  its error as the reason.
+- Peak memory is taken in a process for each side.
 - FLOPs and bytes are those of the minimal algorithm (`benchmarks.work`), whatever a side really
   does, so that GFLOP/s of two sides compare.
 """

@@ -1,9 +1,13 @@
-"""The whole D+G step of DCGAN: eager PyTorch as people write it, tuned by hand, and pygan."""
+"""The whole D+G step of DCGAN: eager PyTorch as people write it, tuned by hand, and pygan.
+
+Besides the two usual networks there are a large batch, and networks whose channels are no powers
+of two, with the sides that decide.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -69,7 +73,7 @@ class Way(NamedTuple):
 
 WAYS = (
     Way("eager fp32", "fp32", eager(Writing()), baseline=True),
-    Way("eager fp32 channels_last", "fp32", eager(Writing(channels_last=True))),
+    Way("eager fp32 channels_last", "fp32", eager(Writing(channels_last=True)), baseline=True),
     Way(
         "eager fp32 by hand",
         "fp32",
@@ -99,65 +103,119 @@ WAYS = (
 PLAIN = {"fp32": eager(Writing()), "bf16": eager(Writing(channels_last=True, bf16=True))}
 
 
-def _models(image: tuple[int, int, int]) -> Models:
-    torch.manual_seed(0)
-    channels, size, _ = image
-    return dcgan(image_size=size, channels=channels, nz=NZ)
+# The peers as people write them and as experts do, and pygan.
+DECIDING = (
+    "eager fp32",
+    "eager fp32 by hand",
+    "eager bf16 by hand",
+    "pygan fp32",
+    "pygan bf16",
+)
 
 
-def _real(image: tuple[int, int, int], batch: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(batch, *image, generator=generator) * 2 - 1
+class Setup(NamedTuple):
+    """Images ``[C, H, W]``, how many at a time, and the width of the networks (ngf and ndf)."""
+
+    image: tuple[int, int, int]
+    batch: int = BATCH
+    width: int = 64
+
+    def models(self) -> Models:
+        channels, size, _ = self.image
+        return dcgan(image_size=size, channels=channels, nz=NZ, ngf=self.width, ndf=self.width)
+
+    def real(self, batch: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(batch, *self.image, generator=generator) * 2 - 1
 
 
-def check(image: tuple[int, int, int], device: torch.device, sides: Sequence[Side]) -> None:
+# Image, width, device and side of what has been found right: cases may differ in the batch alone.
+_right: set[tuple[Any, ...]] = set()
+
+
+def check(setup: Setup, device: torch.device, sides: Sequence[Side]) -> None:
     """Every side makes the updates that float64 makes, on the same data."""
-    models = _models(image)
+    keys = {(setup.image, setup.width, device, side.name): side for side in sides}
+    if new := [side for key, side in keys.items() if key not in _right]:
+        _require_right(setup, device, new)
+        _right.update(keys)
+
+
+def _require_right(setup: Setup, device: torch.device, sides: Sequence[Side]) -> None:
+    torch.manual_seed(0)
+    models = setup.models()
     generator = torch.Generator().manual_seed(1)
     data = [
         (
-            _real(image, CHECK_BATCH, generator).to(device),
+            setup.real(CHECK_BATCH, generator).to(device),
             torch.randn(CHECK_BATCH, NZ, 1, 1, generator=generator).to(device),
         )
         for _ in range(CHECK_STEPS)
     ]
     builds = {way.name: (way.precision, way.build) for way in WAYS}
     chosen = {side.name: builds[side.name] for side in sides}
-    # The widest map is D's last, 4x4; its width doubles from 64 channels at half the image's size.
-    smallest = CHECK_BATCH * 16 * (image[1] * 8)
+    # D's last map is 4x4; its channels double from `width` at half the image's size.
+    smallest = CHECK_BATCH * 16 * (setup.image[1] * setup.width // 8)
     require_same_updates(models, chosen, PLAIN, data, NZ, smallest)
 
 
-def _side(way: Way, image: tuple[int, int, int]) -> Side:
+def _side(way: Way, setup: Setup, full_only: bool) -> Side:
     def build(device: torch.device) -> Call:
-        stepper = way.build(_models(image), device, DCGAN_ADAM)
-        real = _real(image, BATCH, torch.Generator().manual_seed(2)).to(device)
+        torch.manual_seed(0)
+        stepper = way.build(setup.models(), device, DCGAN_ADAM)
+        real = setup.real(setup.batch, torch.Generator().manual_seed(2)).to(device)
         return lambda: stepper.step(real)
 
-    channels, size, _ = image
     with torch.device("meta"):
-        models = dcgan(image_size=size, channels=channels, nz=NZ)
+        models = setup.models()
+    itemsize = 2 if way.precision == "bf16" else 4
     return Side(
         name=way.name,
         precision=way.precision,
         build=build,
-        work=train_step_work(*models, NZ, image, BATCH, 2 if way.precision == "bf16" else 4),
+        work=train_step_work(*models, NZ, setup.image, setup.batch, itemsize),
         baseline=way.baseline,
-        full_only=way.full_only,
+        full_only=full_only or way.full_only,
     )
 
 
-def _case(name: str, image: tuple[int, int, int]) -> Case:
-    shape = "x".join(map(str, image))
+def _case(
+    name: str,
+    setup: Setup,
+    sides: Collection[str] | None = None,
+    at_most: Mapping[str, float] | None = None,
+) -> Case:
+    """With all sides, or with those named, which --quick leaves out."""
+    shape = "x".join(map(str, setup.image))
+    width = "" if setup.width == 64 else f", ngf = ndf = {setup.width}"
     return Case(
         name=name,
-        about=f"whole D+G step, images {shape}, batch {BATCH}, nz {NZ}",
-        images=BATCH,
-        sides=tuple(_side(way, image) for way in WAYS),
-        check=functools.partial(check, image),
+        about=f"whole D+G step, images {shape}, batch {setup.batch}, nz {NZ}{width}",
+        images=setup.batch,
+        sides=tuple(
+            _side(way, setup, full_only=sides is not None)
+            for way in WAYS
+            if sides is None or way.name in sides
+        ),
+        check=functools.partial(check, setup),
+        at_most=at_most or {},
     )
 
 
-CASES = {case.name: case for case in (_case("dcgan64", (3, 64, 64)), _case("dcgan32", (1, 32, 32)))}
+CASES = {
+    case.name: case
+    for case in (
+        _case("dcgan64", Setup((3, 64, 64))),
+        _case("dcgan32", Setup((1, 32, 32))),
+        # A step takes seconds.
+        _case(
+            "dcgan64-batch512",
+            Setup((3, 64, 64), batch=512),
+            DECIDING,
+            at_most={"rounds": 7, "warmup_calls": 1},
+        ),
+        _case("dcgan64-width48", Setup((3, 64, 64), width=48), DECIDING, at_most={"rounds": 9}),
+    )
+}
 
 
 @pytest.mark.benchmark(timer=recorded_time)

@@ -77,13 +77,26 @@ def session(request: pytest.FixtureRequest) -> Iterator[Session]:
 
 
 @pytest.fixture
+def keep(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+    """``keep(record)``: into the JSON and into the summary."""
+
+    def run(record: dict[str, Any]) -> None:
+        benchmark.extra_info.update(record)
+        request.config.stash[RECORDS].append(record)
+
+    return run
+
+
+@pytest.fixture
 def bench(
-    session: Session, benchmark: Any, request: pytest.FixtureRequest
+    session: Session, benchmark: Any, keep: Callable[[dict[str, Any]], None]
 ) -> Callable[[Case, str], None]:
     """``bench(case, side_id)``: check and measure the case once, then report this side."""
 
     def run(case: Case, side_id: str) -> None:
         side = case.side(side_id)
+        if (reason := side.missing(session.device)) is not None:
+            pytest.skip(reason)
         benchmark.group = case.name
         try:
             if benchmark.disabled:
@@ -98,8 +111,7 @@ def bench(
             pytest.fail(red, pytrace=False)
         samples = session.samples(case)[side.id]
         replay(benchmark, samples.durations, samples.iterations)
-        benchmark.extra_info.update(record)
-        request.config.stash[RECORDS].append(record)
+        keep(record)
 
     return run
 

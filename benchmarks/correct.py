@@ -1,8 +1,8 @@
 """Is a side right? Each is compared with float64 before it is timed.
 
 The rule is that of the kernels' tests: the relative L2 error against float64 may be at most twice
-that of plain torch in the same type (2.2 times where bfloat16 convolutions are part of it), or
-under a floor.
+that of plain torch in the same type (2.2 times where bfloat16 convolutions are part of it, 3 times
+for the gradient of a convolution's weight), or under a floor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 FACTOR = 2.0
 CONVOLUTION_FACTOR = {"fp32": 2.0, "bf16": 2.2}
+WEIGHT_GRADIENT_FACTOR = 3.0
 # They matter where plain torch happens to be nearly exact: some roundings in float32, one in bf16.
 FLOOR = {"fp32": 3e-6, "bf16": 2.0**-8}
 

@@ -6,8 +6,8 @@ import gc
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,21 @@ from benchmarks.work import Work
 Call = Callable[[], object]
 
 
+def nothing_missing(device: torch.device) -> None:
+    """``missing`` of a side that runs everywhere."""
+
+
+def no_facts() -> dict[str, Any]:
+    """``facts`` of a case that has none."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Side:
     """One way to do the work of a case.
 
     ``build(device)`` sets up everything and returns the call to be timed. ``full_only`` sides are
-    left out by --quick.
+    left out by --quick. ``missing(device)`` is None, or the reason why the side cannot run here.
     """
 
     name: str
@@ -33,6 +42,7 @@ class Side:
     work: Work
     baseline: bool = False
     full_only: bool = False
+    missing: Callable[[torch.device], str | None] = nothing_missing
 
     @property
     def id(self) -> str:
@@ -44,6 +54,8 @@ class Case:
     """Work that several sides do. ``check(device, sides)`` raises CheckFailed if one is wrong.
 
     ``images`` is how many images one call handles; ``about`` names the conditions of the case.
+    ``at_most`` limits fields of the `Plan`, where many cases or long calls would take too long.
+    ``facts()`` is what the records of its sides hold besides.
     """
 
     name: str
@@ -51,6 +63,8 @@ class Case:
     images: int
     sides: tuple[Side, ...]
     check: Callable[[torch.device, Sequence[Side]], None]
+    at_most: Mapping[str, float] = field(default_factory=dict)
+    facts: Callable[[], dict[str, Any]] = no_facts
 
     def side(self, side_id: str) -> Side:
         return next(side for side in self.sides if side.id == side_id)
@@ -65,6 +79,12 @@ class Plan:
     warmup_calls: int
     warmup_seconds: float
     peak_repeats: int
+
+    def limited(self, at_most: Mapping[str, float]) -> Plan:
+        """This plan with no field above ``at_most``."""
+        return replace(
+            self, **{name: min(getattr(self, name), most) for name, most in at_most.items()}
+        )
 
 
 FULL = Plan(rounds=15, sample_seconds=0.25, warmup_calls=3, warmup_seconds=0.5, peak_repeats=7)
@@ -135,6 +155,7 @@ def measure(
 ) -> dict[str, Samples]:
     """Check ``sides``, then time them in turn. Samples by side id."""
     case.check(device, sides)
+    plan = plan.limited(case.at_most)
     calls, samples = [], []
     for side in sides:
         with machine.PeakMemory(device) as memory:
@@ -183,6 +204,7 @@ def describe(
             for other in case.sides
             if other.baseline and other.id in samples
         },
+        **case.facts(),
     }
     if own.energy:
         record["energy"] = {
@@ -208,8 +230,9 @@ class Session:
         self.conditions = machine.conditions(device)
 
     def sides(self, case: Case) -> list[Side]:
-        """Sides of ``case`` that are selected."""
-        return [side for side in case.sides if (case.name, side.id) in self._selected]
+        """Sides of ``case`` that are selected and run here."""
+        chosen = (side for side in case.sides if (case.name, side.id) in self._selected)
+        return [side for side in chosen if side.missing(self.device) is None]
 
     def peaks(self) -> dict[str, float]:
         """Best found so far. Taken again now and then: a shared machine has slow moments."""

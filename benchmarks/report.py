@@ -1,9 +1,10 @@
 """Tables from a result, and results into the repository.
 
-``python -m benchmarks.report RESULT.json`` prints the Markdown tables of the whole training step;
-``--all`` adds the single operations. ``--update README.md`` puts them between ``<!-- results -->``
-and ``<!-- /results -->``. ``--out benchmarks/results`` keeps the result there, in a folder named
-after the device.
+``python -m benchmarks.report RESULT.json`` prints, as Markdown, what the whole training step gains,
+then sampling, memory, and every side of the step; ``--all`` adds the single operations.
+``--update README.md`` puts them between ``<!-- results -->`` and ``<!-- /results -->``.
+``--out benchmarks/results`` keeps the result there, in a folder named after the device, and beside
+it the table of the convolutions by layer.
 
 RESULT.json is what ``pytest benchmarks --benchmark-only --benchmark-json RESULT.json`` wrote.
 """
@@ -25,6 +26,8 @@ from pygan.run import replace_file
 PROG = "python -m benchmarks.report"
 START, END = "<!-- results -->", "<!-- /results -->"
 HEADLINE = "bench_train_step.py"
+LAYERS = "bench_strided_conv.py"
+BESIDE = ("bench_sampling.py", "bench_memory.py")
 LEAST_ROUNDS = 7
 
 
@@ -47,39 +50,80 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
-def records(result: dict[str, Any], *, headline_only: bool) -> list[summary.Record]:
-    """Records of ``result``, all of them or those of the whole step."""
-    chosen = [
+def _of(result: dict[str, Any], *modules: str) -> list[summary.Record]:
+    """Records from the given benchmark files."""
+    return [
         entry["extra_info"]
         for entry in result["benchmarks"]
-        if HEADLINE in entry["fullname"] or not headline_only
+        if any(module in entry["fullname"] for module in modules)
     ]
-    if not chosen:
-        raise UserError(
-            "the result has no record of the training step; run bench_train_step.py as well, "
-            "or pass --all"
-        )
-    return chosen
 
 
-def tables(result: dict[str, Any], *, headline_only: bool = True) -> str:
-    """Markdown: a table per case, then the conditions under which it holds."""
-    chosen = records(result, headline_only=headline_only)
+def _conditions(result: dict[str, Any], record: summary.Record) -> str:
     commit = result.get("commit_info", {})
     version = f"commit {commit['id'][:12]}" if commit.get("id") else "no commit recorded"
     if commit.get("dirty"):
         version += " with changes"
-    lines = summary.markdown(chosen)
+    return f"Measured on {summary.machine_line(record)}. {result['datetime'][:10]}, {version}."
+
+
+def tables(result: dict[str, Any], *, headline_only: bool = True) -> str:
+    """Markdown: what the step gains, the conditions under which it holds, then a table per case.
+
+    Raises:
+        UserError: no record of the training step, and only the headline is wanted.
+    """
+    step, beside = _of(result, HEADLINE), _of(result, *BESIDE)
+    if headline_only and not step:
+        raise UserError(
+            "the result has no record of the training step; run bench_train_step.py as well, "
+            "or pass --all"
+        )
+    every = [entry["extra_info"] for entry in result["benchmarks"]]
+    operations = [record for record in every if record not in step and record not in beside]
+    # A record of memory alone knows no peaks.
+    where = next((record for record in (*step, *every) if "peaks" in record), every[0])
+    lines = summary.headline(step)
+    lines += [_conditions(result, where), ""]
+    lines += summary.markdown(beside)
+    if step:
+        lines += ["<details><summary>Every side of the step</summary>", ""]
+        lines += [*summary.markdown(step), "</details>", ""]
+    if not headline_only:
+        lines += summary.markdown(operations)
     lines += [
-        f"Measured on {summary.machine_line(chosen[0])}. {result['datetime'][:10]}, {version}.",
-        "",
         "All sides of a table were timed in turn in one process, after each had been checked "
-        "against float64. × is the speed against that side, the median of the ratios within a "
-        "round with its 95% interval. FLOPs and bytes are those of the minimal algorithm, in "
-        "brackets the share of the measured peak; peak MiB is what the side adds to the process.",
+        "against float64. × is the speed against that side, or against the fastest that is not "
+        "pygan and computes in the same type: the median of the ratios within a round with its "
+        "95% interval. FLOPs are those of the minimal algorithm, in brackets the share of the "
+        "measured peak. Peak memory is what training adds to a process that has libraries and "
+        "data loaded.",
         "",
         f"`{result['command']}`",
     ]
+    return "\n".join(lines)
+
+
+def layers(result: dict[str, Any]) -> str:
+    """Markdown of the convolutions by layer, pass and method; empty without records of them."""
+    records = _of(result, LAYERS)
+    if not records:
+        return ""
+    first = records[0]
+    lines = [
+        "# 4x4 convolutions of stride 2, by layer",
+        "",
+        f"Batch {first['images']}. Milliseconds are medians of {first['rounds']} rounds in which "
+        "all sides were timed in turn, torch in the faster of its two layouts. × torch, GFLOP/s "
+        "(those of the plain convolution, whatever a method saves) and the share of the measured "
+        "peak are those of the method taken by itself; where that is none, torch runs.",
+        "",
+        *summary.layers(records),
+        "",
+    ]
+    if scaling := summary.threads(records):
+        lines += [*scaling, ""]
+    lines += [_conditions(result, first), "", f"`{result['command']}`", ""]
     return "\n".join(lines)
 
 
@@ -110,13 +154,13 @@ def device_folder(record: summary.Record) -> str:
 
 
 def keep(result: dict[str, Any], folder: Path) -> Path:
-    """Write ``result`` under ``folder/<device>/`` and return where.
+    """Write ``result`` under ``folder/<device>/``, with its `layers` beside it; return where.
 
     Raises:
         UserError: too few rounds to be quoted.
     """
-    every = records(result, headline_only=False)
-    rounds = min(record["rounds"] for record in every)
+    every = [entry["extra_info"] for entry in result["benchmarks"]]
+    rounds = min((record["rounds"] for record in every if "rounds" in record), default=LEAST_ROUNDS)
     if result.get("quick") or rounds < LEAST_ROUNDS:
         raise UserError(
             f"the result has {rounds} rounds and may not be quoted; measure without --quick, "
@@ -126,6 +170,8 @@ def keep(result: dict[str, Any], folder: Path) -> Path:
     path = folder / device_folder(every[0]) / f"torch-{version}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
+    if text := layers(result):
+        replace_file(path.with_name(f"torch-{version}-layers.md"), text.encode())
     return path
 
 

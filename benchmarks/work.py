@@ -133,6 +133,16 @@ def train_step_work(
     return Work(batch * flops, batch * update_bytes(g, d, parameters, batch, itemsize))
 
 
+def forward_work(network: nn.Module, shape: tuple[int, ...], batch: int, itemsize: int) -> Work:
+    """A forward pass of ``batch`` inputs ``shape`` alone, with known statistics of batch norm: norm
+    and activation ride along with the convolution before them. The network lives on the meta
+    device.
+    """
+    count = count_forward(network, shape)
+    moved = batch * count.moved + count.weights
+    return Work(2.0 * batch * count.macs, float(moved * itemsize))
+
+
 def norm_act_work(elements: int, itemsize: int) -> Work:
     """Batch norm + activation, forward and backward, alone: nothing rides along.
 
@@ -154,3 +164,17 @@ def gan_loss_work(logits: int, itemsize: int) -> Work:
 def image_batch_work(elements: int, itemsize: int) -> Work:
     """uint8 in, ``itemsize`` bytes out; one multiply-add an element."""
     return Work(2.0 * elements, float(elements * (1 + itemsize)))
+
+
+def strided_conv_work(
+    batch: int, size: int, small_channels: int, big_channels: int, itemsize: int
+) -> Work:
+    """A pass of the 4x4 convolution of stride 2 between maps of ``size`` and ``2 * size`` squared.
+
+    The three passes sweep the weight over the small map alike; each reads two of small map, big map
+    and weight, and writes the third.
+    """
+    weights = 16 * small_channels * big_channels
+    positions = batch * size * size
+    moved = positions * (small_channels + 4 * big_channels) + weights
+    return Work(2.0 * positions * weights, float(moved * itemsize))

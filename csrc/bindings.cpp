@@ -106,6 +106,85 @@ PYBIND11_MODULE(_C, module) {
       py::arg("mean"), py::arg("invstd"), py::arg("training"), py::arg("dx"), py::arg("dweight"),
       py::arg("dbias"), py::arg("scratch"));
 
+  py::class_<pygan::StridedConvShape>(module, "StridedConvShape")
+      .def(py::init([](int dtype, int weight_layout, int64_t batch, int64_t height, int64_t width,
+                       int64_t big_height, int64_t big_width, int64_t small_channels,
+                       int64_t big_channels, int method, int threads) {
+             return pygan::StridedConvShape{static_cast<pygan::DType>(dtype),
+                                            static_cast<pygan::Layout>(weight_layout),
+                                            batch,
+                                            height,
+                                            width,
+                                            big_height,
+                                            big_width,
+                                            small_channels,
+                                            big_channels,
+                                            static_cast<pygan::ConvMethod>(method),
+                                            threads};
+           }),
+           py::arg("dtype"), py::arg("weight_layout"), py::arg("batch"), py::arg("height"),
+           py::arg("width"), py::arg("big_height"), py::arg("big_width"), py::arg("small_channels"),
+           py::arg("big_channels"), py::arg("method"), py::arg("threads"));
+
+  module.def(
+      "strided_conv_method",
+      [](const pygan::StridedConvShape& shape, int pass) {
+        return static_cast<int>(
+            pygan::strided_conv_method(shape, static_cast<pygan::ConvPass>(pass)));
+      },
+      py::arg("shape"), py::arg("conv_pass"));
+
+  module.def(
+      "strided_conv_scratch",
+      [](const pygan::StridedConvShape& shape, int pass) {
+        return pygan::strided_conv_scratch(shape, static_cast<pygan::ConvPass>(pass));
+      },
+      py::arg("shape"), py::arg("conv_pass"));
+
+  module.def(
+      "strided_conv_up",
+      [](const pygan::StridedConvShape& shape, Address small, Address weight, Address bias,
+         Address big, Address scratch) {
+        const pygan::StridedConvUp args{shape,
+                                        pointer<const void>(small),
+                                        pointer<const float>(weight),
+                                        pointer<const float>(bias),
+                                        pointer<void>(big),
+                                        pointer<void>(scratch)};
+        py::gil_scoped_release release;
+        raise_unless_ok(pygan::strided_conv_up(args));
+      },
+      py::arg("shape"), py::arg("small"), py::arg("weight"), py::arg("bias"), py::arg("big"),
+      py::arg("scratch"));
+
+  module.def(
+      "strided_conv_down",
+      [](const pygan::StridedConvShape& shape, Address big, Address weight, Address bias,
+         Address small, Address scratch) {
+        const pygan::StridedConvDown args{shape,
+                                          pointer<const void>(big),
+                                          pointer<const float>(weight),
+                                          pointer<const float>(bias),
+                                          pointer<void>(small),
+                                          pointer<void>(scratch)};
+        py::gil_scoped_release release;
+        raise_unless_ok(pygan::strided_conv_down(args));
+      },
+      py::arg("shape"), py::arg("big"), py::arg("weight"), py::arg("bias"), py::arg("small"),
+      py::arg("scratch"));
+
+  module.def(
+      "strided_conv_weight_grad",
+      [](const pygan::StridedConvShape& shape, Address small, Address big, Address dweight,
+         Address scratch) {
+        const pygan::StridedConvWeightGrad args{shape, pointer<const void>(small),
+                                                pointer<const void>(big), pointer<float>(dweight),
+                                                pointer<void>(scratch)};
+        py::gil_scoped_release release;
+        raise_unless_ok(pygan::strided_conv_weight_grad(args));
+      },
+      py::arg("shape"), py::arg("small"), py::arg("big"), py::arg("dweight"), py::arg("scratch"));
+
   module.def(
       "gan_loss",
       [](int dtype, const py::tuple& groups, Address loss) {

@@ -21,6 +21,7 @@ enum class Status : int {
   bad_pointer,  // a required array is null
   bad_index,    // an index outside [0, images)
   no_kernels,   // this machine runs none of the compiled instruction sets
+  no_method,    // no kernel takes this shape
 };
 const char* describe(Status status);
 
@@ -74,6 +75,62 @@ struct NormActBackward {
 int64_t norm_act_scratch(const NormActShape& shape);
 Status norm_act_forward(const NormActForward& args);
 Status norm_act_backward(const NormActBackward& args);
+
+// The 4x4 convolution of stride 2 and padding 1, its transpose, and the gradient of their weight:
+//   small[n, y, x, a] = sum_{i, j, b} big[n, 2y - 1 + i, 2x - 1 + j, b] w[a, b, i, j]    (down)
+//   big[n, p, q, b]   = sum over the same terms of small[n, y, x, a] w[a, b, i, j]       (up)
+//   dw[a, b, i, j]    = sum over the same terms of small[n, y, x, a] big[n, p, q, b]
+// small [batch, height, width, small_channels] and big [batch, big_height, big_width,
+// big_channels] are channels_last; big_height is 2 height or 2 height + 1, big_width likewise.
+// Weights and their gradient are float32, [a][i][j][b] when weight_layout is channels_last and
+// [a][b][i][j] when it is contiguous.
+enum class ConvPass : int { up = 0, down = 1, weight_grad = 2 };
+
+// direct: few big channels; f22 and f42: Winograd with 2x2 and 4x4 outputs a tile.
+enum class ConvMethod : int { automatic = 0, none = 1, direct = 2, f22 = 3, f42 = 4 };
+
+struct StridedConvShape {
+  DType dtype;  // of small and big
+  Layout weight_layout;
+  int64_t batch, height, width, big_height, big_width;
+  int64_t small_channels, big_channels;
+  ConvMethod method;
+  int threads;
+};
+
+struct StridedConvUp {
+  StridedConvShape shape;
+  const void* small;
+  const float* weight;
+  const float* bias;  // [big_channels] or null
+  void* big;
+  void* scratch;  // strided_conv_scratch(shape, pass) bytes, 64-byte aligned
+};
+
+struct StridedConvDown {
+  StridedConvShape shape;
+  const void* big;
+  const float* weight;
+  const float* bias;  // [small_channels] or null
+  void* small;
+  void* scratch;
+};
+
+struct StridedConvWeightGrad {
+  StridedConvShape shape;
+  const void* small;
+  const void* big;
+  float* dweight;
+  void* scratch;
+};
+
+// What `automatic` stands for: none where no kernel is expected to beat a library's, or where a
+// named method cannot take the shape.
+ConvMethod strided_conv_method(const StridedConvShape& shape, ConvPass pass);
+int64_t strided_conv_scratch(const StridedConvShape& shape, ConvPass pass);
+Status strided_conv_up(const StridedConvUp& args);
+Status strided_conv_down(const StridedConvDown& args);
+Status strided_conv_weight_grad(const StridedConvWeightGrad& args);
 
 // One set of logits with its targets: loss = weight * mean(max(x,0) - x*t + log1p(exp(-|x|))),
 // the binary cross-entropy of sigmoid(x) against t for any real t.

@@ -44,6 +44,34 @@ def norm_act_backward(
     dbias: int,
     scratch: int,
 ) -> None: ...
+
+class StridedConvShape:
+    def __init__(
+        self,
+        dtype: int,
+        weight_layout: int,
+        batch: int,
+        height: int,
+        width: int,
+        big_height: int,
+        big_width: int,
+        small_channels: int,
+        big_channels: int,
+        method: int,
+        threads: int,
+    ) -> None: ...
+
+def strided_conv_method(shape: StridedConvShape, conv_pass: int) -> int: ...
+def strided_conv_scratch(shape: StridedConvShape, conv_pass: int) -> int: ...
+def strided_conv_up(
+    shape: StridedConvShape, small: int, weight: int, bias: int, big: int, scratch: int
+) -> None: ...
+def strided_conv_down(
+    shape: StridedConvShape, big: int, weight: int, bias: int, small: int, scratch: int
+) -> None: ...
+def strided_conv_weight_grad(
+    shape: StridedConvShape, small: int, big: int, dweight: int, scratch: int
+) -> None: ...
 def gan_loss(
     dtype: int, groups: tuple[tuple[int, int, float, float, int, int, int], ...], loss: int
 ) -> None: ...

@@ -1,7 +1,8 @@
 """``pygan.fuse(module)``: faster blocks in somebody else's network, and nothing else changed.
 
 A ``nn.Sequential`` keeps its children, parameters, buffers, hooks and ``state_dict``; only its
-class is exchanged for one that runs a batch norm and the activation behind it as one operation.
+class is exchanged for one that runs a batch norm and the activation behind it as one operation,
+and the convolutions of GANs by pygan's kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch.nn.modules import module as _module
 
 from pygan.errors import UserError
 from pygan.ops.norm_act import current_groups, norm_act
+from pygan.ops.strided_conv import conv2d, conv_transpose2d
 
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -35,7 +38,9 @@ class FuseReport:
     def __str__(self) -> str:
         rows = [(name, "fused") for name in self.fused] + self.skipped
         if not rows:
-            return "nothing to fuse: the module holds no batch norm"
+            return (
+                "nothing to fuse: the module holds no batch norm and no 4x4 convolution of stride 2"
+            )
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {what}" for name, what in rows)
 
@@ -63,17 +68,78 @@ def _globally_hooked() -> bool:
     )
 
 
-def _runs(layers: list[nn.Module]) -> Iterator[tuple[int, bool, nn.Module | None]]:
-    """Index of every layer that is called, whether it is a batch norm to run as an operation, and
-    the activation that it then takes along."""
+def _is_strided(layer: nn.Module) -> bool:
+    """Whether it is of the kind that has kernels: 4x4, stride 2, padding 1."""
+    return (
+        isinstance(layer, CONVOLUTIONS)
+        and layer.kernel_size == (4, 4)
+        and layer.stride == (2, 2)
+        and layer.padding == (1, 1)
+    )
+
+
+def _is_dense(layer: nn.Module) -> bool:
+    """Whether it is one product of matrices for maps of one size: a 1x1 map for a transposed
+    convolution, a map of the kernel's size for another."""
+    return (
+        isinstance(layer, CONVOLUTIONS)
+        and layer.kernel_size != (1, 1)
+        and layer.padding == (0, 0)
+        and layer.output_padding == (0, 0)
+    )
+
+
+def _why_not_convolution(layer: nn.Module) -> str | None:
+    """Why a convolution of a kind that is fused has to be called as a module."""
+    assert isinstance(layer, CONVOLUTIONS)
+    if type(layer) not in CONVOLUTIONS:
+        return f"{type(layer).__name__} is a class of its own"
+    if layer.padding_mode != "zeros":
+        return f"its padding_mode is {layer.padding_mode}"
+    if layer.dilation != (1, 1) or layer.groups != 1:
+        return "it has groups or a dilation"
+    return why_opaque(layer)
+
+
+def _is_convolution(layer: nn.Module) -> bool:
+    return (_is_strided(layer) or _is_dense(layer)) and _why_not_convolution(layer) is None
+
+
+def _runs(layers: list[nn.Module]) -> Iterator[tuple[int, str, nn.Module | None]]:
+    """Index of every layer that is called, whether it runs as an operation ("convolution",
+    "norm") or as a "module", and the activation that a norm takes along."""
     i = 0
     while i < len(layers):
-        ours = type(layers[i]) in BATCH_NORMS and why_opaque(layers[i]) is None
-        follower = layers[i + 1] if ours and i + 1 < len(layers) else None
-        if type(follower) not in ACTIVATIONS or (follower and why_opaque(follower) is not None):
-            follower = None
-        yield i, ours, follower
+        kind, follower = "module", None
+        if type(layers[i]) in BATCH_NORMS and why_opaque(layers[i]) is None:
+            kind = "norm"
+            follower = layers[i + 1] if i + 1 < len(layers) else None
+            if type(follower) not in ACTIVATIONS or (follower and why_opaque(follower) is not None):
+                follower = None
+        elif _is_convolution(layers[i]):
+            kind = "convolution"
+        yield i, kind, follower
         i += 1 if follower is None else 2
+
+
+def _convolution_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """What ``layer(x)`` computes."""
+    assert isinstance(layer, CONVOLUTIONS)
+    if isinstance(layer, nn.ConvTranspose2d):
+        assert not isinstance(layer.padding, str)
+        return conv_transpose2d(
+            x,
+            layer.weight,
+            layer.bias,
+            layer.stride,
+            layer.padding,
+            layer.output_padding,
+            layer.groups,
+            layer.dilation,
+        )
+    return conv2d(
+        x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
 
 
 def _norm_act_layers(norm: nn.Module, activation: nn.Module | None, x: Tensor) -> Tensor:
@@ -123,32 +189,39 @@ def _one_group(
 
 
 class FusedSequential(nn.Sequential):
-    """A ``nn.Sequential`` that runs each batch norm with the activation behind it.
+    """A ``nn.Sequential`` that runs each batch norm with the activation behind it, and
+    convolutions that pygan has a faster form of by that.
 
     Hooks are looked for at every call, so one that is added later is honoured. While something
     traces or compiles the module it is a plain ``nn.Sequential``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or type(input) is not Tensor or _globally_hooked():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or type(input) is not Tensor or _globally_hooked():
             return super().forward(input)
         layers = list(self._modules.values())
-        for i, ours, activation in _runs(layers):
-            layer = layers[i]
-            input = _norm_act_layers(layer, activation, input) if ours else layer(input)
+        for i, kind, activation in _runs(layers):
+            if kind == "norm":
+                input = _norm_act_layers(layers[i], activation, input)
+            elif kind == "convolution":
+                input = _convolution_layer(layers[i], input)
+            else:
+                input = layers[i](input)
         return input
 
 
 def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
     """Makes a network faster in place: same parameters, buffers, ``state_dict``, hooks, numbers.
 
-    Batch norms inside a ``nn.Sequential`` run together with the ReLU, LeakyReLU, Tanh or Sigmoid
-    behind them. Deep copies, pickles, ``.to``, train and eval mode and a second call all work;
-    :func:`unfuse` undoes it.
+    Inside a ``nn.Sequential`` batch norms run together with the ReLU, LeakyReLU, Tanh or Sigmoid
+    behind them; 4x4 convolutions of stride 2 and padding 1, transposed or not, by native kernels;
+    convolutions of a 1x1 map, or to one, as products of matrices. Deep copies, pickles, ``.to``,
+    train and eval mode and a second call all work; :func:`unfuse` undoes it.
 
     Args:
         module: any network.
-        strict: raise where a batch norm has to be left as it is.
+        strict: raise where a batch norm or a 4x4 convolution of stride 2 has to be left as it is.
 
     Returns:
         What was fused, and what was left and why. Prints as a table.
@@ -168,7 +241,7 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
         if len(report.fused) > before:
             containers.append(container)
     for name, layer in module.named_modules():
-        if isinstance(layer, BATCH_NORMS) and layer not in inside:
+        if (isinstance(layer, BATCH_NORMS) or _is_strided(layer)) and layer not in inside:
             report.skipped.append((name, "it is not called by a nn.Sequential"))
     if strict and report.skipped:
         name, reason = report.skipped[0]
@@ -183,23 +256,39 @@ def _describe(
 ) -> None:
     keys, layers = list(container._modules), list(container)
     prefix = f"{name}." if name else ""
-    for i, _, activation in _runs(layers):
+    convolution: list[str] = []  # one that may head the row of the batch norm behind it
+    for i, kind, activation in _runs(layers):
         layer = layers[i]
-        if not isinstance(layer, BATCH_NORMS):
-            continue
+        title = f"{prefix}{keys[i]} {type(layer).__name__}"
         inside.add(layer)
-        kind = type(layer).__name__
-        reason = why_opaque(layer)
-        if type(layer) not in BATCH_NORMS:
-            reason = f"{kind} is a class of its own"
-        if reason is not None:
-            report.skipped.append((f"{prefix}{keys[i]} {kind}", reason))
-        elif activation is not None:
-            report.fused.append(
-                f"{prefix}{keys[i]} {kind} + {prefix}{keys[i + 1]} {type(activation).__name__}"
-            )
-        else:
-            report.fused.append(f"{prefix}{keys[i]} {kind}")
+        if convolution and kind != "norm":
+            report.fused += convolution
+            convolution = []
+        if kind == "convolution":
+            convolution = [title if _is_strided(layer) else f"{title} ({_taken_maps(layer)})"]
+        elif kind == "norm":
+            row = [*convolution, title]
+            if activation is not None:
+                row.append(f"{prefix}{keys[i + 1]} {type(activation).__name__}")
+            report.fused.append(" + ".join(row))
+            convolution = []
+        elif isinstance(layer, BATCH_NORMS):
+            reason = why_opaque(layer)
+            if type(layer) not in BATCH_NORMS:
+                reason = f"{type(layer).__name__} is a class of its own"
+            assert reason is not None
+            report.skipped.append((title, reason))
+        elif _is_strided(layer):
+            reason = _why_not_convolution(layer)
+            assert reason is not None
+            report.skipped.append((title, reason))
+    report.fused += convolution
+
+
+def _taken_maps(layer: nn.Module) -> str:
+    assert isinstance(layer, CONVOLUTIONS)
+    height, width = (1, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.kernel_size
+    return f"of {height}x{width} maps"
 
 
 def unfuse(module: nn.Module) -> None:

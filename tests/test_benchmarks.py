@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,21 @@ from torch import nn
 # The benchmarks are no installed package.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import machine, measure, report, same_update, sample_quality, summary, work
+from benchmarks import (
+    bench_memory,
+    bench_sampling,
+    bench_strided_conv,
+    bench_train_step,
+    machine,
+    measure,
+    profile_step,
+    report,
+    same_update,
+    sample_quality,
+    summary,
+    training_memory,
+    work,
+)
 from benchmarks.bench_gan_loss import CASES as LOSS_CASES
 from benchmarks.bench_train_step import CASES as STEP_CASES
 from benchmarks.bench_train_step import PLAIN
@@ -125,6 +140,17 @@ def test_bytes_of_an_update() -> None:
     assert found.flops == 2 * 2 * (2 * 480 + 2 * 2 * 48 + 2 * 48)
 
 
+def test_work_of_a_convolution() -> None:
+    # The three passes sweep the same weights; torch's own count of the layer agrees.
+    found = work.strided_conv_work(2, 8, 6, 5, itemsize=2)
+    with torch.device("meta"):
+        layer = nn.Sequential(nn.ConvTranspose2d(6, 5, 4, 2, 1, bias=False))
+    count = work.count_forward(layer, (6, 8, 8))
+    assert found.flops == 2 * 2 * count.macs
+    assert found.bytes == 2 * (2 * count.moved + count.weights)
+    assert work.forward_work(layer, (6, 8, 8), 2, 2) == found
+
+
 # Replay
 
 
@@ -225,6 +251,25 @@ def test_a_red_check_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(CheckFailed, match="ours is wrong"):
             session.samples(case)
     assert not calls
+
+
+def test_a_missing_side_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    case = _case(calls)
+    gone = replace(case.side("ours"), missing=lambda device: f"nothing for {device}")
+    case = replace(case, sides=(case.side("plain"), gone), facts=lambda: {"layer": "64→3"})
+    monkeypatch.setattr(machine, "measure_peaks", lambda device, repeats: PEAKS)
+    session = measure.Session([(case.name, side.id) for side in case.sides], measure.QUICK, CPU)
+    assert [side.name for side in session.sides(case)] == ["plain"]
+    assert session.record(case, case.side("plain"))["layer"] == "64→3"
+    assert set(calls) == {"plain"}
+
+
+def test_a_case_limits_the_plan() -> None:
+    assert measure.FULL.limited({"rounds": 7, "warmup_calls": 9}) == replace(measure.FULL, rounds=7)
+    case = replace(_case([]), at_most={"rounds": 2})
+    samples = measure.measure(case, case.sides, measure.QUICK, CPU)
+    assert [len(sample.durations) for sample in samples.values()] == [2, 2]
 
 
 def test_the_best_peak_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +394,26 @@ def _require(build: same_update.Build, precision: str = "fp32") -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_plain_training_passes_the_check(precision: str) -> None:
     _require(PLAIN[precision], precision)
+
+
+def test_what_is_right_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[list[str]] = []
+
+    def note(setup: Any, device: torch.device, sides: Any) -> None:
+        checked.append([side.name for side in sides])
+        if "pygan bf16" in checked[-1]:
+            raise CheckFailed("pygan bf16 is wrong")
+
+    monkeypatch.setattr(bench_train_step, "_right", set())
+    monkeypatch.setattr(bench_train_step, "_require_right", note)
+    plain, large = STEP_CASES["dcgan64"], STEP_CASES["dcgan64-batch512"]
+    plain.check(CPU, [plain.side("eager-fp32"), plain.side("pygan-fp32")])
+    for _ in range(2):
+        with pytest.raises(CheckFailed):
+            large.check(CPU, [large.side("pygan-fp32"), large.side("pygan-bf16")])
+    other = STEP_CASES["dcgan64-width48"]
+    other.check(CPU, [other.side("pygan-fp32")])
+    assert checked == [["eager fp32", "pygan fp32"], ["pygan bf16"], ["pygan bf16"], ["pygan fp32"]]
 
 
 class _Wrong:
@@ -491,16 +556,18 @@ def result_file(result: dict[str, Any], tmp_path: Path) -> Iterator[Path]:
 
 def test_markdown_of_a_result(result: dict[str, Any]) -> None:
     lines = report.tables(result).splitlines()
-    assert lines[0] == "**dcgan64** (whole D+G step, batch 64, n = 15 rounds)"
-    assert lines[2] == (
-        "| side | ms | images/s (quartiles) | GFLOP/s | GB/s | peak MiB | × eager |"
-    )
-    assert lines[3] == "|---|---:|---:|---:|---:|---:|---:|"
-    assert lines[4] == "| eager | 914 | 70.0 (69.0–71.0) | 159 (50%) | 1.40 (7%) | – | 1 |"
-    assert lines[5] == (
-        "| **pygan fp32** | **762** | **84.0 (83.0–85.0)** | **191 (50%)** | **1.68 (7%)** | "
-        "**512** | **1.20 (1.10–1.30)** |"
-    )
+    assert lines[:3] == [
+        "| networks | batch | n | side | images/s (quartiles) | × eager |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| dcgan64 | 64 | 15 | pygan fp32 | 84.0 (83.0–85.0) | 1.20 (1.10–1.30) |",
+    ]
+    start = lines.index("**dcgan64** (whole D+G step, batch 64, n = 15)")
+    assert lines[start + 2 : start + 6] == [
+        "| side | images/s (quartiles) | × eager | GFLOP/s |",
+        "|---|---:|---:|---:|",
+        "| eager | 70.0 (69.0–71.0) | 1 | 159 (50%) |",
+        "| **pygan fp32** | **84.0 (83.0–85.0)** | **1.20 (1.10–1.30)** | **191 (50%)** |",
+    ]
     text = "\n".join(lines)
     for condition in ("Some CPU (R) 9000, 2 cores, 2 threads", "torch 2.13.0+cpu", "2025-01-02",
                       "commit 0123456789ab", "`pytest benchmarks --benchmark-only`"):  # fmt: skip
@@ -512,7 +579,97 @@ def test_plain_text_lines_up(result: dict[str, Any]) -> None:
     lines = summary.plain_text(rows)
     heading = next(i for i, line in enumerate(lines) if line.startswith("  side"))
     assert len({len(line) for line in lines[heading : heading + 3]}) == 1
-    assert "1.20 (1.10–1.30)" in lines[heading + 2]
+    for cell in ("762", "1.68 (7%)", "512", "1.20 (1.10–1.30)"):
+        assert cell in lines[heading + 2]
+
+
+def _ratio(median: float) -> dict[str, float]:
+    return {"median": median, "low": median, "high": median, "coverage": 0.96}
+
+
+def _timed(side: str, precision: str, milliseconds: float, **other: Any) -> dict[str, Any]:
+    """A record of a case with two baselines of float32 and one of bfloat16."""
+    record = _record(side, 64e3 / milliseconds, baseline=not side.startswith("pygan"), ratio=None)
+    ratios = {"slow fp32": _ratio(1.1), "fast fp32": _ratio(1.2), "slow bf16": _ratio(1.3)}
+    return record | {"precision": precision, "ratios": ratios} | other
+
+
+def test_a_side_is_set_against_the_first_and_the_fastest_of_its_precision() -> None:
+    sides = [("slow fp32", "fp32", 30), ("fast fp32", "fp32", 20),
+             ("slow bf16", "bf16", 25), ("pygan fp32", "fp32", 10),
+             ("pygan bf16", "bf16", 5), ("pygan fp16", "fp16", 5)]  # fmt: skip
+    heading, rows = summary.narrow_table([_timed(*side) for side in sides])
+    assert heading[2:4] == ["× slow fp32", "× best peer, same precision"]
+    found = {row[0]: [cell.partition(" ")[0] for cell in row[2:4]] for row in rows}
+    assert found == {
+        "slow fp32": ["1", "1.20"],
+        "fast fp32": ["1.10", "1"],
+        "slow bf16": ["1.10", "1"],
+        "pygan fp32": ["1.10", "1.20"],
+        "pygan bf16": ["1.10", "1.30"],
+        "pygan fp16": ["1.10", "–"],
+    }
+
+
+def _layer_records() -> list[dict[str, Any]]:
+    about = {
+        "case": "strided_conv-64-3-32x32-up-fp32",
+        "layer": "64→3 32x32→64x64",
+        "pass": "up",
+        "automatic": "f42",
+    }
+    sides = [("torch contiguous", 9), ("torch channels_last", 8), ("pygan f22", 5),
+             ("pygan f42", 4)]  # fmt: skip
+    ratios = {"torch contiguous": _ratio(2.5), "torch channels_last": _ratio(2.0)}
+    methods = [_timed(side, "fp32", ms, **about, ratios=ratios) for side, ms in sides]
+    none = about | {"case": "strided_conv-64-3-32x32-down-fp32", "pass": "down",
+                    "automatic": "none"}  # fmt: skip
+    scaling = about | {"case": "strided_conv_threads-f42-64-3-32x32-up-fp32"}
+    one, two = "pygan f42, 1 thread", "pygan f42, 2 threads"
+    return [
+        *methods,
+        _timed("torch contiguous", "fp32", 7, **none),
+        _timed(one, "fp32", 8, **scaling, baseline=True, ratios={one: _ratio(1.0)}),
+        _timed(two, "fp32", 4, **scaling, ratios={one: _ratio(1.9)}),
+    ]
+
+
+def test_layers_of_a_result(result: dict[str, Any], tmp_path: Path) -> None:
+    result["benchmarks"] += [
+        {"fullname": "benchmarks/bench_strided_conv.py::t", "extra_info": record}
+        for record in _layer_records()
+    ]
+    path = report.keep(result, tmp_path)
+    text = path.with_name("torch-2.13.0-layers.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| 64→3")]
+    gflops = f"{2.275 * 64e3 / 4:,.0f}"
+    alone = f"{2.275 * 64e3 / 7:,.0f}"
+    assert lines == [
+        "| 64→3 32x32→64x64 | up | fp32 | 8.00 | – | 5.00 | 4.00 | f42 | 2.00 (2.00–2.00) | "
+        f"{gflops} | 50% |",
+        f"| 64→3 32x32→64x64 | down | fp32 | 7.00 | – | – | – | none | 1 | {alone} | 50% |",
+        "| 64→3 32x32→64x64 | up | fp32 | f42 | 8.00 | 4.00 | 1.90 (1.90–1.90) |",
+    ]
+    assert "strided_conv" not in report.tables(result)
+
+
+def test_memory_in_a_result(result: dict[str, Any], tmp_path: Path) -> None:
+    side = bench_memory.SIDES["pygan-fp32"]
+    mib = 2**20
+    record = bench_memory.describe(
+        side, [300 * mib, 200 * mib, 250 * mib], "eager fp32", [400 * mib, 500 * mib, 600 * mib]
+    )
+    assert record["ratios"] == {"eager fp32": {"median": 0.5, "low": 1 / 3, "high": 0.75}}
+    conditions = result["benchmarks"][0]["extra_info"]["conditions"]
+    entry = {
+        "fullname": "benchmarks/bench_memory.py::t",
+        "extra_info": record | {"conditions": conditions},
+    }
+    result["benchmarks"].insert(0, entry)
+    row = "| **pygan fp32** | **250 (200–300)** | **0.50 (0.33–0.75)** |"
+    assert row in report.tables(result).splitlines()
+    assert report.keep(result, tmp_path).exists()
+    assert any("250 (200–300)" in line for line in summary.plain_text([entry["extra_info"]]))
 
 
 def test_update_replaces_only_between_the_markers(result_file: Path, tmp_path: Path) -> None:
@@ -521,7 +678,7 @@ def test_update_replaces_only_between_the_markers(result_file: Path, tmp_path: P
     for _ in range(2):
         assert report.main([str(result_file), "--update", str(readme)]) == 0
     text = readme.read_text()
-    assert text.startswith("# top\n\n<!-- results -->\n**dcgan64**")
+    assert text.startswith("# top\n\n<!-- results -->\n| networks |")
     assert text.endswith("\n<!-- /results -->\n\nend\n")
     assert "old" not in text and text.count("**dcgan64**") == 1
 
@@ -600,8 +757,202 @@ def _ids() -> list[str]:
     """Every side of every benchmark."""
     from benchmarks import bench_image_batch, bench_norm_act
 
-    modules = (LOSS_CASES, STEP_CASES, bench_norm_act.CASES, bench_image_batch.CASES)
-    return [side.id for cases in modules for case in cases.values() for side in case.sides]
+    modules = (
+        LOSS_CASES,
+        STEP_CASES,
+        bench_norm_act.CASES,
+        bench_image_batch.CASES,
+        bench_strided_conv.CASES,
+        bench_sampling.CASES,
+    )
+    sides = [side.id for cases in modules for case in cases.values() for side in case.sides]
+    return [*sides, *bench_memory.SIDES]
+
+
+# Convolutions
+
+LAYER = bench_strided_conv.Layer(8, 4, 4)
+
+
+@pytest.fixture
+def conv_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[bench_strided_conv.Work]:
+    monkeypatch.setattr(bench_strided_conv, "BATCH", 2)
+    yield bench_strided_conv.Work(LAYER, "up", "fp32")
+    bench_strided_conv._problem.cache_clear()
+
+
+def _conv_sides(ways: Any) -> list[measure.Side]:
+    return [
+        measure.Side(name, "fp32", lambda device: lambda: None, work.Work(1, 1)) for name in ways
+    ]
+
+
+@pytest.mark.parametrize("conv_pass", bench_strided_conv.PASSES)
+@pytest.mark.parametrize("wrong", [False, True])
+def test_convolutions_are_checked(
+    conv_work: bench_strided_conv.Work, conv_pass: str, wrong: bool
+) -> None:
+    conv_work = conv_work._replace(conv_pass=conv_pass)
+    right = bench_strided_conv.TORCH["torch channels_last"]
+
+    def build(*arguments: Any) -> Any:
+        call = right.build(*arguments)
+        return lambda: call() * (1 + 1e-5 * wrong)
+
+    ways = {"ours": bench_strided_conv.Way(build)}
+    if not wrong:
+        bench_strided_conv.check(conv_work, ways, CPU, _conv_sides(ways))
+        return
+    with pytest.raises(CheckFailed, match=f"ours: error of {conv_pass}"):
+        bench_strided_conv.check(conv_work, ways, CPU, _conv_sides(ways))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("conv_pass", bench_strided_conv.PASSES)
+def test_native_convolutions_pass_the_check(
+    conv_work: bench_strided_conv.Work, conv_pass: str
+) -> None:
+    conv_work = conv_work._replace(conv_pass=conv_pass)
+    every = {f"pygan {name}": bench_strided_conv._pygan_way(name) for name in summary.METHODS}
+    ways = {
+        name: way
+        for name, way in every.items()
+        if bench_strided_conv.missing(conv_work, way, CPU) is None
+    }
+    if not ways:
+        pytest.skip("no method takes this layer")
+    bench_strided_conv.check(conv_work, ways, CPU, _conv_sides(ways))
+
+
+def test_a_method_that_is_not_there_says_so(
+    conv_work: bench_strided_conv.Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing, way = bench_strided_conv.missing, bench_strided_conv._pygan_way("f22")
+    assert missing(conv_work, bench_strided_conv.TORCH["torch contiguous"], CPU) is None
+    assert missing(conv_work, way, torch.device("cuda")) is not None
+    monkeypatch.setattr(bench_strided_conv, "resolved", lambda *_: "none")
+    monkeypatch.setattr(bench_strided_conv.native, "load", lambda: object())
+    assert missing(conv_work, way, CPU) == "f22 does not take up of 8→4 4x4→8x8"
+    monkeypatch.setattr(bench_strided_conv.native, "load", lambda: None)
+    monkeypatch.setattr(bench_strided_conv.native, "reason", lambda: "not built")
+    assert missing(conv_work, way, CPU) == "not built"
+
+
+def test_only_the_coarse_method_may_be_red(
+    conv_work: bench_strided_conv.Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def red(*arguments: Any) -> None:
+        raise CheckFailed("f42: error of up is too large")
+
+    bench_strided_conv._too_coarse.cache_clear()
+    monkeypatch.setattr(bench_strided_conv, "check", red)
+    monkeypatch.setattr(bench_strided_conv, "resolved", lambda *arguments: arguments[-1])
+    monkeypatch.setattr(bench_strided_conv.native, "load", lambda: object())
+    f22, f42 = (bench_strided_conv._pygan_way(name) for name in ("f22", "f42"))
+    in_bf16 = conv_work._replace(precision="bf16")
+    found = [
+        bench_strided_conv.missing(work, way, CPU)
+        for work, way in ((conv_work, f22), (conv_work, f42), (in_bf16, f22), (in_bf16, f42))
+    ]
+    bench_strided_conv._too_coarse.cache_clear()
+    assert found == [None, None, None, "f42: error of up is too large"]
+
+
+# Sampling
+
+
+def test_runtimes_that_are_not_installed_say_so() -> None:
+    way = bench_sampling.WAYS["OpenVINO fp32"]._replace(needs=("no_such_package",))
+    assert bench_sampling.missing(way, CPU) == "no_such_package is not installed"
+    assert bench_sampling.missing(way, torch.device("cuda")) is not None
+
+
+def test_sampling_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A generator of two layers stands for dcgan64's.
+    generator = dcgan(image_size=16, channels=1, nz=bench_sampling.NZ, ngf=8)[0].eval()
+    monkeypatch.setattr(bench_sampling, "_generator", lambda: generator)
+    names = ("eager fp32 channels_last", "eager bf16 channels_last", "pygan fp32", "pygan bf16")
+    case = bench_sampling.CASES["sampling-dcgan64"]
+    sides = [side for side in case.sides if side.name in names]
+    case.check(CPU, sides)
+
+    def other(network: nn.Module, z: torch.Tensor) -> Any:
+        return lambda: network(z * 1.01).detach()
+
+    wrong = {"pygan fp32": bench_sampling.WAYS["pygan fp32"]._replace(build=other)}
+    monkeypatch.setattr(bench_sampling, "WAYS", bench_sampling.WAYS | wrong)
+    with pytest.raises(CheckFailed, match="pygan fp32: error of images"):
+        case.check(CPU, sides)
+
+
+# Memory
+
+
+def test_memory_of_a_training_holds_its_weights() -> None:
+    way = next(way for way in training_memory.WAYS if way.name == "eager fp32 by hand")
+    setup = training_memory.Setup((1, 32, 32), batch=128, width=32)
+    usage = training_memory.measure(way, setup, steps=2)
+    assert len(usage.seconds) == 2
+    if usage.bytes is None:
+        pytest.skip("this system does not reset the peak of the resident set")
+    with torch.device("meta"):
+        networks = setup.models()
+    parameters = sum(p.numel() for network in networks for p in network.parameters())
+    # What a step cannot do without: weights, gradients and two moments.
+    assert usage.bytes > 16 * parameters
+
+
+def test_a_side_that_fails_apart_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="invalid choice: 'nobody'"):
+        training_memory.measure_apart("nobody", 1)
+
+
+# Profile
+
+
+@pytest.mark.parametrize(
+    ("operation", "group"),
+    [
+        ("pygan::strided_conv_up", "strided_conv up"),
+        ("pygan::strided_conv_weight_grad", "strided_conv weight_grad"),
+        ("pygan::norm_act_backward", "norm_act"),
+        ("aten::_fused_adam_", "Adam"),
+        ("aten::mkldnn_convolution", "torch convolution"),
+        ("aten::convolution_backward", "torch convolution"),
+        ("ConvTranspose2DBackward", "other"),
+        ("aten::leaky_relu_", "activation"),
+    ],
+)
+def test_operations_are_grouped(operation: str, group: str) -> None:
+    assert profile_step.group_of(operation) == group
+
+
+def test_parts_of_a_profile_add_up() -> None:
+    events = [("aten::_fused_adam_", 4e3, 4), ("pygan::norm_act_forward", 6e3, 8),
+              ("aten::add", 1e3, 2)]  # fmt: skip
+    found = profile_step.parts(events, steps=2, seconds=0.016)
+    assert found == [
+        profile_step.Part("norm_act", 3.0, 4.0),
+        profile_step.Part("Adam", 2.0, 2.0),
+        profile_step.Part("other", 3.0, 1.0),
+    ]
+    assert profile_step.table(found)[-1] == "| **all** | **8.00** | **100%** |  |"
+
+
+@pytest.mark.native
+def test_native_kernels_show_in_a_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = profile_step.Setup((1, 16, 16), batch=8, width=8)
+    monkeypatch.setattr(profile_step, "Setup", lambda image: small)
+    out = tmp_path / "profile.md"
+    assert profile_step.main(["--steps", "2", "--out", str(out)]) == 0
+    rows = out.read_text().splitlines()
+    assert any(row.startswith("| norm_act |") for row in rows)
+    assert any(row.startswith("| Adam |") for row in rows)
+    missing = tmp_path / "missing" / "profile.md"
+    assert profile_step.main(["--steps", "1", "--out", str(missing)]) == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 # Sample quality

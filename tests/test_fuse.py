@@ -199,3 +199,138 @@ def test_what_may_be_merged() -> None:
         assert reason is not None and type(layer).__name__ in reason
     spectral = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)))
     assert why_not_mergeable(spectral) is not None
+
+
+def convolutions() -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose2d(10, 8, 4, 1, 0),
+        nn.LeakyReLU(0.2),
+        nn.ConvTranspose2d(8, 6, 4, 2, 1, bias=False),
+        nn.Tanh(),
+        nn.ConvTranspose2d(6, 5, 4, 2, 1, output_padding=(1, 0)),
+        nn.Conv2d(5, 7, 3, padding=1),
+        nn.Conv2d(7, 6, 4, 2, 1),
+        nn.Conv2d(6, 4, 4, 2, 1, bias=False),
+        nn.Conv2d(4, 2, (4, 4)),
+    )
+
+
+def test_convolutions_without_batch_norm_are_fused() -> None:
+    plain = convolutions()
+    fused = copy.deepcopy(plain)
+    report = pygan.fuse(fused)
+    assert report.fused == [
+        "0 ConvTranspose2d (of 1x1 maps)",
+        "2 ConvTranspose2d",
+        "4 ConvTranspose2d",
+        "6 Conv2d",
+        "7 Conv2d",
+        "8 Conv2d (of 4x4 maps)",
+    ]
+    assert report.skipped == []
+    assert type(fused) is FusedSequential
+    for training in (True, False):
+        plain.train(training)
+        fused.train(training)
+        for shape in ((3, 10, 1, 1), (2, 10, 2, 3)):
+            x = torch.randn(shape)
+            assert_same(forward_backward(plain, x), forward_backward(fused, x))
+
+
+def test_fused_convolutions_call_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = convolutions()
+    pygan.fuse(fused)
+    module = sys.modules["pygan.fuse"]
+    calls = []
+    for name in ("conv2d", "conv_transpose2d"):
+
+        def watched(*args: object, name: str = name) -> Tensor:
+            calls.append(name)
+            return getattr(nn.functional, name)(*args)
+
+        monkeypatch.setattr(module, name, watched)
+    seen: list[str] = []
+    fused[2].register_forward_hook(lambda *_: seen.append("hook"))
+    fused(torch.randn(2, 10, 1, 1))
+    assert calls == ["conv_transpose2d"] * 2 + ["conv2d"] * 3
+    assert seen == ["hook"]
+
+
+def test_networks_of_a_gan_give_the_same_numbers() -> None:
+    for index, shape in enumerate([(4, 20, 1, 1), (4, 3, 32, 32)]):
+        torch.manual_seed(2)
+        plain = pygan.models.dcgan(32, nz=20, ngf=8, ndf=8)[index].main
+        fused = copy.deepcopy(plain)
+        report = pygan.fuse(fused)
+        assert not report.skipped
+        assert {row.split()[0] for row in report.fused} == {
+            name for name, layer in plain.named_children() if type(layer) in module_convolutions()
+        }
+        x = torch.randn(shape)
+        assert_same(forward_backward(plain, x), forward_backward(fused, x))
+
+
+def module_convolutions() -> tuple[type[nn.Module], ...]:
+    return sys.modules["pygan.fuse"].CONVOLUTIONS
+
+
+def test_report_names_convolutions_that_are_left() -> None:
+    class OwnConvolution(nn.Conv2d):
+        pass
+
+    class Attribute(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    network = nn.Sequential(
+        nn.Conv2d(4, 4, 4, 2, 1, groups=2),
+        nn.Conv2d(4, 4, 4, 2, 1, padding_mode="reflect"),
+        OwnConvolution(4, 4, 4, 2, 1),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 4, 2, 1)),
+        nn.utils.spectral_norm(nn.Conv2d(4, 4, 4, 2, 1)),
+        nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, 3, 2, 1),
+        nn.Conv2d(4, 4, 4, 2, 1, dilation=2),
+        Attribute(),
+    )
+    plain = copy.deepcopy(network)
+    report = pygan.fuse(network)
+    assert report.fused == []
+    assert report.skipped == [
+        ("0 Conv2d", "it has groups or a dilation"),
+        ("1 Conv2d", "its padding_mode is reflect"),
+        ("2 OwnConvolution", "OwnConvolution is a class of its own"),
+        ("3 ParametrizedConv2d", "ParametrizedConv2d is a class of its own"),
+        ("4 Conv2d", "it has hooks"),
+        ("7 Conv2d", "it has groups or a dilation"),
+        ("8.conv", "it is not called by a nn.Sequential"),
+    ]
+    assert type(network) is nn.Sequential
+    with pytest.raises(pygan.UserError, match="0 Conv2d cannot be fused: it has groups"):
+        pygan.fuse(plain, strict=True)
+    assert "nothing to fuse" in str(pygan.fuse(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))))
+
+
+def test_bfloat16_autocast_keeps_float32_gradients() -> None:
+    fused = convolutions()
+    pygan.fuse(fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fused(torch.randn(2, 10, 1, 1))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in fused.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_by_jit() -> None:
+    plain, fused = pair()
+    plain.eval()
+    fused.eval()
+    x = torch.randn(2, 4, 3, 8, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(fused, x[0])
+        torch.testing.assert_close(traced(x[1]), plain(x[1]))

@@ -9,8 +9,12 @@
 namespace pygan {
 namespace {
 
-#define PYGAN_KERNELS(isa) \
-  Kernels { #isa, isa::norm_act_forward, isa::norm_act_backward, isa::gan_loss, isa::image_batch }
+#define PYGAN_KERNELS(isa)                                                                \
+  Kernels {                                                                               \
+    #isa, isa::norm_act_forward, isa::norm_act_backward, isa::gan_loss, isa::image_batch, \
+        isa::strided_conv_method, isa::strided_conv_scratch, isa::strided_conv_up,        \
+        isa::strided_conv_down, isa::strided_conv_weight_grad                             \
+  }
 
 std::vector<Kernels> runnable() {
   std::vector<Kernels> sets;
@@ -37,7 +41,7 @@ std::vector<Kernels> runnable() {
 
 Kernels chosen() {
   const std::vector<Kernels> sets = runnable();
-  if (sets.empty()) return {"none", nullptr, nullptr, nullptr, nullptr};
+  if (sets.empty()) return {};
   if (const char* forced = std::getenv("PYGAN_ISA")) {
     for (const Kernels& set : sets) {
       if (std::strcmp(set.name, forced) == 0) return set;
@@ -61,6 +65,39 @@ Status check(const NormActShape& s) {
   return Status::ok;
 }
 
+Status check(const StridedConvShape& s) {
+  const auto doubles = [](int64_t big, int64_t small) {
+    return big == 2 * small || big == 2 * small + 1;
+  };
+  if (s.batch < 0 || s.height < 0 || s.width < 0 || s.small_channels < 0 || s.big_channels < 0 ||
+      s.threads < 1 || !doubles(s.big_height, s.height) || !doubles(s.big_width, s.width)) {
+    return Status::bad_size;
+  }
+  if (s.dtype < DType::f32 || s.dtype > DType::bf16 || s.weight_layout < Layout::channels_last ||
+      s.weight_layout > Layout::contiguous || s.method < ConvMethod::automatic ||
+      s.method > ConvMethod::f42) {
+    return Status::bad_enum;
+  }
+  return Status::ok;
+}
+
+bool empty(const StridedConvShape& s) {
+  return s.batch * s.height * s.width * s.small_channels * s.big_channels == 0;
+}
+
+// Runs a pass with `automatic` resolved, or says why it cannot run.
+template <class Args>
+Status run(Args args, ConvPass pass, void (*kernel)(const Args&), bool pointers) {
+  if (const Status status = check(args.shape); status != Status::ok) return status;
+  if (empty(args.shape)) return Status::bad_size;
+  if (!pointers || !args.scratch) return Status::bad_pointer;
+  if (!kernel) return Status::no_kernels;
+  args.shape.method = strided_conv_method(args.shape, pass);
+  if (args.shape.method == ConvMethod::none) return Status::no_method;
+  kernel(args);
+  return Status::ok;
+}
+
 bool empty(const NormActShape& s) { return s.batch * s.channels * s.spatial == 0; }
 
 }  // namespace
@@ -79,6 +116,8 @@ const char* describe(Status status) {
       return "an index is outside the images";
     case Status::no_kernels:
       return "this machine runs none of the compiled instruction sets";
+    case Status::no_method:
+      return "no kernel takes this shape";
   }
   return "unknown status";
 }
@@ -148,6 +187,31 @@ Status image_batch(const ImageBatch& args) {
   if (!kernels.image_batch) return Status::no_kernels;
   kernels.image_batch(args);
   return Status::ok;
+}
+
+ConvMethod strided_conv_method(const StridedConvShape& shape, ConvPass pass) {
+  const bool known = check(shape) == Status::ok && !empty(shape) && kernels.strided_conv_method;
+  return known ? kernels.strided_conv_method(shape, pass) : ConvMethod::none;
+}
+
+int64_t strided_conv_scratch(const StridedConvShape& shape, ConvPass pass) {
+  StridedConvShape resolved = shape;
+  resolved.method = strided_conv_method(shape, pass);
+  return resolved.method == ConvMethod::none ? 0 : kernels.strided_conv_scratch(resolved, pass);
+}
+
+Status strided_conv_up(const StridedConvUp& args) {
+  return run(args, ConvPass::up, kernels.strided_conv_up, args.small && args.weight && args.big);
+}
+
+Status strided_conv_down(const StridedConvDown& args) {
+  return run(args, ConvPass::down, kernels.strided_conv_down,
+             args.small && args.weight && args.big);
+}
+
+Status strided_conv_weight_grad(const StridedConvWeightGrad& args) {
+  return run(args, ConvPass::weight_grad, kernels.strided_conv_weight_grad,
+             args.small && args.big && args.dweight);
 }
 
 std::vector<std::string> instruction_sets() {

@@ -6,11 +6,16 @@
 namespace pygan {
 
 struct Kernels {
-  const char* name;
-  void (*norm_act_forward)(const NormActForward&);
-  void (*norm_act_backward)(const NormActBackward&);
-  void (*gan_loss)(const GanLoss&);
-  void (*image_batch)(const ImageBatch&);
+  const char* name = "none";
+  void (*norm_act_forward)(const NormActForward&) = nullptr;
+  void (*norm_act_backward)(const NormActBackward&) = nullptr;
+  void (*gan_loss)(const GanLoss&) = nullptr;
+  void (*image_batch)(const ImageBatch&) = nullptr;
+  ConvMethod (*strided_conv_method)(const StridedConvShape&, ConvPass) = nullptr;
+  int64_t (*strided_conv_scratch)(const StridedConvShape&, ConvPass) = nullptr;
+  void (*strided_conv_up)(const StridedConvUp&) = nullptr;
+  void (*strided_conv_down)(const StridedConvDown&) = nullptr;
+  void (*strided_conv_weight_grad)(const StridedConvWeightGrad&) = nullptr;
 };
 
 // Rows of channels_last activations are handled in blocks that depend on the shape alone, so
@@ -25,12 +30,17 @@ RowBlocks row_blocks(const NormActShape& shape);
 // Elements of scratch for a block: two sums a channel in float64, and two in float32.
 inline int64_t block_scratch(const NormActShape& shape) { return 3 * shape.channels; }
 
-#define PYGAN_DECLARE_KERNELS(isa)                \
-  namespace isa {                                 \
-  void norm_act_forward(const NormActForward&);   \
-  void norm_act_backward(const NormActBackward&); \
-  void gan_loss(const GanLoss&);                  \
-  void image_batch(const ImageBatch&);            \
+#define PYGAN_DECLARE_KERNELS(isa)                                   \
+  namespace isa {                                                    \
+  void norm_act_forward(const NormActForward&);                      \
+  void norm_act_backward(const NormActBackward&);                    \
+  void gan_loss(const GanLoss&);                                     \
+  void image_batch(const ImageBatch&);                               \
+  ConvMethod strided_conv_method(const StridedConvShape&, ConvPass); \
+  int64_t strided_conv_scratch(const StridedConvShape&, ConvPass);   \
+  void strided_conv_up(const StridedConvUp&);                        \
+  void strided_conv_down(const StridedConvDown&);                    \
+  void strided_conv_weight_grad(const StridedConvWeightGrad&);       \
   }
 PYGAN_DECLARE_KERNELS(avx2)
 PYGAN_DECLARE_KERNELS(avx512)

@@ -95,4 +95,53 @@ inline Vec load(const uint8_t* p, int count) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), p)));
 }
 
+#ifdef __AVX512BF16__
+// Words of two bfloat16, from the floats at even and at odd places.
+inline Vec pair_up(Vec even, Vec odd) {
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.v, even.v));
+  const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16,
+                                          0);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(places, halves));
+}
+
+// c + the two products of each pair of bfloat16 words.
+inline Vec dot_pairs(Vec a, Vec b, Vec c) {
+  return _mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v));
+}
+#endif
+
+// rows[i][j] becomes rows[j][i], 16 x 16.
+inline void transpose(Vec* rows) {
+  __m512 t[16], u[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v);
+    t[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v);
+  }
+  const auto low = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  const auto high = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  for (int i = 0; i < 4; ++i) {
+    u[4 * i] = low(t[4 * i], t[4 * i + 2]);
+    u[4 * i + 1] = high(t[4 * i], t[4 * i + 2]);
+    u[4 * i + 2] = low(t[4 * i + 1], t[4 * i + 3]);
+    u[4 * i + 3] = high(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(u[i], u[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(u[i], u[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    rows[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+    rows[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+    rows[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
 }  // namespace pygan::PYGAN_ISA_NS

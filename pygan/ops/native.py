@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import mmap
 import os
 import platform
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -58,3 +61,29 @@ def reason() -> str | None:
 def address(tensor: torch.Tensor | None) -> int:
     """Data pointer, 0 for None: what the extension takes for an array."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+class _Scratch(threading.local):
+    memory: mmap.mmap | None = None
+    size = 0
+    start = 0
+
+
+_scratch = _Scratch()
+_PAGE = 1 << 21  # a huge one: with 4 KiB pages large scratch misses the TLB
+
+
+def scratch(size: int) -> int:
+    """Address of ``size`` bytes that this thread's kernels may write until it asks again.
+
+    One mapping a thread, which only grows, so that a loop neither allocates nor faults pages in.
+    """
+    if size > _scratch.size or not _scratch.start:
+        size = max(-(-size // _PAGE), 1) * _PAGE
+        memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        offset = -base % _PAGE
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE, offset, size)
+        _scratch.memory, _scratch.size, _scratch.start = memory, size, base + offset
+    return _scratch.start

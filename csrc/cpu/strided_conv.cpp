@@ -1,0 +1,817 @@
+// Winograd on the polyphase form. In each dimension `up` is, for each of its two output phases, a
+// convolution with two taps of the small map; `down` is the sum of two such convolutions, of the
+// odd and of the even places of the big map. F(M, 2) makes each of them a few matrix products
+//   [tiles x channels in] [channels in x channels out],
+// whose left side is the transformed input and whose right side the transformed weight. Tiles
+// reach over the borders, where the input counts as zero and the output is dropped.
+
+#include "cpu/strided_conv.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/gemm.h"
+#include "cpu/parallel.h"
+#include "cpu/winograd.h"
+
+namespace pygan::PYGAN_ISA_NS {
+namespace {
+
+constexpr int64_t kLine = 16;                 // floats of a cache line
+constexpr int64_t kWeightBytes = 64 << 20;    // of transformed weights at a time
+constexpr int64_t kSharedBytes = 4 << 20;     // of transformed input that all threads read
+constexpr int64_t kInputBytes = 3 << 19;      // of transformed input of one thread
+constexpr int64_t kGradientBytes = 10 << 20;  // of transformed maps in weight_grad
+constexpr int64_t kGradientRows = 8 * kBlockRows;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <class T>
+constexpr bool kPairs = kHasPairs && sizeof(T) == 2;
+
+// Floats from one row of `words` to the next: whole lines, and one more, so that the rows of a
+// block do not fall on the same lines of the cache.
+int64_t row_stride(int64_t words) { return round_up(words, kLine) + kLine; }
+
+template <class T>
+int64_t words_of(int64_t channels) {
+  return kPairs<T> ? ceil_div(channels, 2) : channels;
+}
+
+// Hands out pieces of the caller's scratch, or only counts them.
+class Scratch {
+ public:
+  explicit Scratch(void* start) : start_(static_cast<char*>(start)) {}
+
+  float* floats(int64_t count) {
+    float* piece = start_ ? reinterpret_cast<float*>(start_ + used_) : nullptr;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(float)), 64);
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* start_;
+  int64_t used_ = 0;
+};
+
+struct Map {
+  int64_t height, width, channels;
+};
+
+Map small_map(const StridedConvShape& s) { return {s.height, s.width, s.small_channels}; }
+Map big_map(const StridedConvShape& s) { return {s.big_height, s.big_width, s.big_channels}; }
+
+// A tile is M x M places of the small map; of `up`, where the big map may have one row more than
+// twice the small one, of the places that the big map covers.
+struct Tiles {
+  int64_t down, across, count;
+
+  Tiles(int64_t batch, int64_t height, int64_t width, int m)
+      : down(ceil_div(height, m)), across(ceil_div(width, m)), count(batch * down * across) {}
+
+  struct Place {
+    int64_t image, y, x;  // y and x count tiles
+  };
+  Place place(int64_t tile) const {
+    return {tile / (down * across), tile / across % down, tile % across};
+  }
+};
+
+// Addresses of a square of pixels, `step` apart; outside the map they point to zeros.
+template <class T, int Size>
+struct Window {
+  const T* at[Size][Size];
+
+  Window(const T* image, const Map& map, int64_t y, int64_t x, int step, const T* zeros) {
+    for (int i = 0; i < Size; ++i) {
+      for (int j = 0; j < Size; ++j) {
+        const int64_t row = y + i * step, column = x + j * step;
+        const bool inside = row >= 0 && row < map.height && column >= 0 && column < map.width;
+        at[i][j] = inside ? image + (row * map.width + column) * map.channels : zeros;
+      }
+    }
+  }
+};
+
+// Asks for the pixels that the tile after the next brings: its windows jump between rows of the
+// map, which the hardware does not follow.
+template <class T>
+void prefetch_tile(const T* map, const Map& of, const Tiles& tiles, int64_t tile, int64_t size) {
+  tile += 2;
+  if (tile >= tiles.count) return;
+  const Tiles::Place at = tiles.place(tile);
+  const int64_t width = std::min(size, of.width - at.x * size);
+  const int64_t height = std::min(size, of.height - at.y * size);
+  for (int64_t i = 0; i < height; ++i) {
+    const int64_t pixel = (at.image * of.height + at.y * size + i) * of.width + at.x * size;
+    const char* first = reinterpret_cast<const char*>(map + pixel * of.channels);
+    const int64_t bytes = width * of.channels * static_cast<int64_t>(sizeof(T));
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(first + b);
+  }
+}
+
+// body(first channel, load): whole vectors, then the rest, zero behind it.
+template <class Body>
+inline void for_each_vector(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  for (; c + Vec::width <= channels; c += Vec::width) {
+    body(c, [](const auto* p) { return load(p); });
+  }
+  if (c < channels) {
+    const int rest = static_cast<int>(channels - c);
+    body(c, [rest](const auto* p) { return load(p, rest); });
+  }
+}
+
+// Transforms one window into a row of every plane, as words of neighbouring channels.
+template <class Line, class T>
+void transform_input(const Window<T, Line::in>& window, int64_t channels, float* row,
+                     int64_t plane) {
+  for_each_vector(channels, [&](int64_t c, const auto& read) {
+    along_both<Line>([&](int i, int j) { return read(window.at[i][j] + c); },
+                     [&](int i, int j, Vec value) {
+                       float* to = row + (i * Line::out + j) * plane;
+                       if constexpr (kPairs<T>) {
+                         store(reinterpret_cast<T*>(to) + c, value);
+                       } else {
+                         store(to + c, value);
+                       }
+                     });
+  });
+}
+
+// What `up` and `down` have in common: which planes the input becomes and which of them each
+// product multiplies. A pass computes `sets` output phases of `up`, or all of `down`.
+template <class T, int M, bool Up>
+struct Product {
+  static constexpr int points = Winograd<M>::points;
+  static constexpr int squares = points * points;
+  static constexpr bool both_phases = Up && M == 2;
+  static constexpr int sets = Up && !both_phases ? 1 : 4;  // phases or subgrids in a pass
+  static constexpr int passes = Up && !both_phases ? 4 : 1;
+  static constexpr int segments = Up ? 1 : 4;  // planes that add up in a product
+  static constexpr int products = Up ? sets * squares : squares;
+  static constexpr int planes = both_phases ? 25 : sets * squares;
+
+  static constexpr int plane(int product, int segment) {
+    if (!Up) return segment * squares + product;
+    if (!both_phases) return product;
+    const int phase = product / squares, point = product % squares;
+    const int y = 2 * (phase / 2) + point / points, x = 2 * (phase % 2) + point % points;
+    return y * 5 + x;
+  }
+
+  const StridedConvShape& shape;
+  Map from, to;
+  Tiles tiles;
+  int64_t words, input_stride, columns, columns_at_once, block_rows, threads, column_shares;
+  bool by_columns;
+
+  explicit Product(const StridedConvShape& s)
+      : shape(s),
+        from(Up ? small_map(s) : big_map(s)),
+        to(Up ? big_map(s) : small_map(s)),
+        tiles(s.batch, Up ? ceil_div(s.big_height, 2) : s.height,
+              Up ? ceil_div(s.big_width, 2) : s.width, M) {
+    words = words_of<T>(from.channels);
+    input_stride = row_stride(words);
+    columns = ceil_div(to.channels, kBlockColumns);
+    // Where the weight is the larger side, threads share its columns: each transforms its own,
+    // one column at a time, and all read one transformed input. Elsewhere they share the rows.
+    const int64_t weight_bytes = columns * column_floats() * 4;
+    const int64_t input_bytes = planes * tiles.count * input_stride * 4;
+    by_columns = input_bytes <= std::min(weight_bytes, kSharedBytes) && columns >= s.threads;
+    if (by_columns) {
+      block_rows = std::min<int64_t>(round_up(tiles.count, 4), 8 * kBlockRows);
+      columns_at_once = column_shares = 1;
+      threads = s.threads;
+      return;
+    }
+    columns_at_once = ceil_div(columns, ceil_div(weight_bytes, kWeightBytes));
+    // Blocks of rows that threads share evenly and that stay near the second cache.
+    const int64_t most = std::clamp<int64_t>(kInputBytes / (planes * input_stride * 4),
+                                             3 * kBlockRows, 8 * kBlockRows);
+    const int64_t share = ceil_div(tiles.count, s.threads);
+    const int64_t blocks = ceil_div(share, most);
+    block_rows = round_up(ceil_div(share, blocks), 4);
+    // Few rows and many threads: threads share the columns of a block as well.
+    const int64_t row_blocks = ceil_div(tiles.count, block_rows);
+    column_shares = std::clamp<int64_t>(s.threads / row_blocks, 1, columns_at_once);
+    threads = std::min<int64_t>(s.threads, row_blocks * column_shares);
+  }
+
+  // One line more than the array needs, else the planes of one place fall on the same lines.
+  int64_t panel_stride() const { return words * kBlockColumns + kLine; }
+  int64_t column_floats() const { return products * segments * panel_stride(); }
+  int64_t plane_stride() const {
+    return padded(by_columns ? tiles.count : block_rows) * input_stride + kLine;
+  }
+  int64_t product_stride() const { return padded(block_rows) * kBlockColumns + kLine; }
+  // The last blocks of a multiplication may reach behind the rows.
+  static int64_t padded(int64_t rows) { return round_up(rows, 4) + kBlockRows % 4; }
+
+  struct Buffers {
+    float* weight;  // columns, of each thread where threads share the columns:
+                    // [product][segment][words][kBlockColumns]
+    float* zeros;   // a pixel
+    float* planes;  // [plane][row][words], of each thread where threads share the rows
+    float* made;    // of each thread: [product][row][kBlockColumns]
+  };
+  int64_t planes_floats() const { return round_up(planes * plane_stride(), kLine); }
+  int64_t made_floats() const { return round_up(products * product_stride(), kLine); }
+  Buffers carve(Scratch& scratch) const {
+    return {scratch.floats((by_columns ? threads : columns_at_once) * column_floats()),
+            scratch.floats(from.channels),
+            scratch.floats((by_columns ? 1 : threads) * planes_floats()),
+            scratch.floats(threads * made_floats())};
+  }
+
+  // Tap of the 4x4 kernel along one dimension: the t-th of two that phase or subgrid `set` uses.
+  static int tap(int set, int t) { return Up ? 3 - set - 2 * t : set + 2 * t; }
+
+  // taps[k][4 * i + j] for Vec::width channels in from `k` and as many channels out from `n`: all
+  // of them, or those of one phase.
+  void read_taps(const float* weight, int pass, int64_t k, int64_t n, Vec (*taps)[16]) const {
+    constexpr int W = Vec::width;
+    const int rows = static_cast<int>(std::min<int64_t>(W, from.channels - k));
+    const int lanes = static_cast<int>(std::min<int64_t>(W, to.channels - n));
+    const int64_t B = shape.big_channels;
+    if (shape.weight_layout == Layout::channels_last && Up) {
+      for (int r = 0; r < W; ++r) {
+        const float* from_row = weight + (k + r) * 16 * B + n;
+        for (int i = 0; i < (sets == 1 ? 4 : 16); ++i) {
+          const int t = sets == 1 ? 4 * tap(pass / 2, i / 2) + tap(pass % 2, i % 2) : i;
+          taps[r][t] = r < rows ? load(from_row + t * B, lanes) : Vec(0.0f);
+        }
+      }
+    } else if (shape.weight_layout == Layout::channels_last) {
+      for (int t = 0; t < 16; ++t) {
+        Vec square[W];
+        for (int i = 0; i < W; ++i) {
+          square[i] = i < lanes ? load(weight + ((n + i) * 16 + t) * B + k, rows) : Vec(0.0f);
+        }
+        transpose(square);
+        for (int r = 0; r < W; ++r) taps[r][t] = square[r];
+      }
+    } else {
+      const int64_t k_stride = Up ? B * 16 : 16, n_stride = Up ? 16 : B * 16;
+      for (int r = 0; r < W; ++r) {
+        for (int t = 0; t < 16; t += W) {
+          Vec square[W];
+          for (int i = 0; i < W; ++i) {
+            const bool inside = r < rows && i < lanes;
+            square[i] =
+                inside ? load(weight + (k + r) * k_stride + (n + i) * n_stride + t) : Vec(0.0f);
+          }
+          transpose(square);
+          for (int i = 0; i < W; ++i) taps[r][t + i] = square[i];
+        }
+      }
+    }
+  }
+
+  static void transform_weight(const Vec* taps, int set, Vec (&u)[squares]) {
+    along_both<typename Winograd<M>::Weight>(
+        [&](int i, int j) { return taps[4 * tap(set / 2, i) + tap(set % 2, j)]; },
+        [&](int i, int j, Vec value) { u[i * points + j] = value; });
+  }
+
+  // Transforms the weight of Vec::width channels in, from `k` on, for one block of columns.
+  void pack(const float* weight, int pass, int64_t k, int64_t column, float* panels) const {
+    constexpr int W = Vec::width;
+    const int64_t step = segments * panel_stride();
+    const int64_t rows = std::min<int64_t>(W, from.channels - k);
+    Vec taps[W][16];
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const int64_t n = column * kBlockColumns + v * W;
+      if (n >= to.channels) return;
+      read_taps(weight, pass, k, n, taps);
+      for (int set = 0; set < sets; ++set) {
+        const int phase = sets == 1 ? pass : set;
+        // Products of `up` lie one behind another, of `down` the four segments of each.
+        float* to_panel = panels + set * (Up ? squares : 1) * panel_stride() + v * W;
+        for (int64_t r = 0; r < rows; r += kPairs<T> ? 2 : 1) {
+          Vec u[squares];
+          transform_weight(taps[r], phase, u);
+          if constexpr (kPairs<T>) {
+            Vec odd[squares];
+            transform_weight(taps[r + 1], phase, odd);
+            for (int p = 0; p < squares; ++p) u[p] = pair_up(u[p], odd[p]);
+          }
+          float* row = to_panel + (k + r) / (kPairs<T> ? 2 : 1) * kBlockColumns;
+          for (int p = 0; p < squares; ++p) store(row + p * step, u[p]);
+        }
+      }
+    }
+  }
+
+  void transform_rows(const T* input, int pass, int64_t row, int64_t rows, const T* zeros,
+                      float* planes_out) const {
+    using Line = std::conditional_t<both_phases, BothPhases, typename Winograd<M>::Input>;
+    const int64_t plane_size = plane_stride();
+    for (int64_t r = 0; r < rows; ++r) {
+      const Tiles::Place at = tiles.place(row + r);
+      const T* image = input + at.image * from.height * from.width * from.channels;
+      float* to_row = planes_out + r * input_stride;
+      prefetch_tile(input, from, tiles, row + r, Up ? M : 2 * M);
+      if constexpr (Up) {
+        const int64_t y = M * at.y - 1 + pass / 2, x = M * at.x - 1 + pass % 2;
+        const Window<T, Line::in> window(image, from, y, x, 1, zeros);
+        transform_input<Line>(window, from.channels, to_row, plane_size);
+      } else {
+        for (int set = 0; set < 4; ++set) {
+          const int64_t y = 2 * M * at.y - 1 + set / 2, x = 2 * M * at.x - 1 + set % 2;
+          const Window<T, Line::in> window(image, from, y, x, 2, zeros);
+          transform_input<Line>(window, from.channels, to_row + set * squares * plane_size,
+                                plane_size);
+        }
+      }
+    }
+  }
+
+  template <int Rows, int Vectors>
+  void multiply_rows(const float* input, const float* panel, int product, float* made) const {
+    Vec acc[Rows][Vectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) acc[i][j] = Vec(0.0f);
+    }
+#pragma GCC unroll 1
+    for (int s = 0; s < segments; ++s) {
+      accumulate<kPairs<T>, Rows, Vectors>(acc, input + plane(product, s) * plane_stride(),
+                                           input_stride, panel + s * panel_stride(), kBlockColumns,
+                                           words);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) {
+        store(made + i * kBlockColumns + j * Vec::width, acc[i][j]);
+      }
+    }
+  }
+
+  template <int Vectors>
+  void multiply(const float* input, const float* panels, int64_t rows, float* made) const {
+    for (int product = 0; product < products; ++product) {
+      const float* panel = panels + product * segments * panel_stride();
+      float* out = made + product * product_stride();
+      for (int64_t r = 0; r < rows;) {
+        const int64_t rest = rows - r;
+        const float* from_row = input + r * input_stride;
+        float* to_row = out + r * kBlockColumns;
+        if constexpr (kBlockRows == 12) {
+          if (rest > 16 || (rest > 8 && rest <= 12)) {
+            multiply_rows<12, Vectors>(from_row, panel, product, to_row);
+            r += 12;
+          } else if (rest > 4) {
+            multiply_rows<8, Vectors>(from_row, panel, product, to_row);
+            r += 8;
+          } else {
+            multiply_rows<4, Vectors>(from_row, panel, product, to_row);
+            r += 4;
+          }
+        } else {
+          if (rest > 4) {
+            multiply_rows<6, Vectors>(from_row, panel, product, to_row);
+            r += 6;
+          } else {
+            multiply_rows<4, Vectors>(from_row, panel, product, to_row);
+            r += 4;
+          }
+        }
+      }
+    }
+  }
+
+  // Turns the products of one block of columns into output pixels.
+  void transform_output(const float* made, const float* bias, int pass, int64_t row, int64_t rows,
+                        int64_t column, T* output) const {
+    using Line = typename Winograd<M>::Output;
+    const int64_t C = to.channels, stride = product_stride();
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const int64_t n = column * kBlockColumns + v * Vec::width;
+      if (n >= C) return;
+      const int lanes = static_cast<int>(std::min<int64_t>(Vec::width, C - n));
+      const Vec shift = bias ? load(bias + n, lanes) : Vec(0.0f);
+      for (int64_t r = 0; r < rows; ++r) {
+        const Tiles::Place at = tiles.place(row + r);
+        T* image = output + at.image * to.height * to.width * C + n;
+        const float* m = made + r * kBlockColumns + v * Vec::width;
+        for (int set = 0; set < (Up ? sets : 1); ++set) {
+          const int phase = sets == 1 ? pass : set;
+          const int64_t step = Up ? 2 : 1;
+          const int64_t y = step * M * at.y + (Up ? phase / 2 : 0);
+          const int64_t x = step * M * at.x + (Up ? phase % 2 : 0);
+          const float* first = m + set * squares * stride;
+          const auto product_at = [&](int i, int j) {
+            return load(first + (i * points + j) * stride);
+          };
+          T* origin = image + (y * to.width + x) * C;
+          const int64_t down = step * to.width * C, right = step * C;
+          if (lanes == Vec::width && y + step * (M - 1) < to.height &&
+              x + step * (M - 1) < to.width) {
+            along_both<Line>(product_at, [&](int i, int j, Vec value) {
+              store(origin + i * down + j * right, value + shift);
+            });
+          } else {
+            along_both<Line>(product_at, [&](int i, int j, Vec value) {
+              if (y + step * i < to.height && x + step * j < to.width) {
+                store(origin + i * down + j * right, value + shift, lanes);
+              }
+            });
+          }
+        }
+      }
+    }
+  }
+
+  // One block of columns for one block of rows.
+  void multiply_column(const float* planes_in, const float* panels, const float* bias, int pass,
+                       int64_t row, int64_t rows, int64_t column, float* made, T* output) const {
+    if (to.channels - column * kBlockColumns > Vec::width) {
+      multiply<2>(planes_in, panels, rows, made);
+    } else {
+      multiply<1>(planes_in, panels, rows, made);
+    }
+    transform_output(made, bias, pass, row, rows, column, output);
+  }
+
+  void run(const T* input, const float* weight, const float* bias, T* output, void* scratch) const {
+    Scratch pieces(scratch);
+    const Buffers buffers = carve(pieces);
+    std::memset(buffers.zeros, 0, static_cast<size_t>(from.channels) * sizeof(float));
+    for (int pass = 0; pass < passes; ++pass) {
+      if (by_columns) {
+        share_columns(input, weight, bias, output, buffers, pass);
+      } else {
+        for (int64_t first = 0; first < columns; first += columns_at_once) {
+          share_rows(input, weight, bias, output, buffers, pass, first);
+        }
+      }
+    }
+  }
+
+  void share_columns(const T* input, const float* weight, const float* bias, T* output,
+                     const Buffers& buffers, int pass) const {
+    const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
+    parallel_for(shape.threads, tiles.count, [&](int64_t row) {
+      transform_rows(input, pass, row, 1, zeros, buffers.planes + row * input_stride);
+    });
+    parallel_for(shape.threads, threads, [&](int64_t thread) {
+      float* panels = buffers.weight + thread * column_floats();
+      float* made = buffers.made + thread * made_floats();
+      for (int64_t c = columns * thread / threads; c < columns * (thread + 1) / threads; ++c) {
+        for (int64_t k = 0; k < from.channels; k += Vec::width) pack(weight, pass, k, c, panels);
+        for (int64_t row = 0; row < tiles.count; row += block_rows) {
+          const int64_t rows = std::min(block_rows, tiles.count - row);
+          multiply_column(buffers.planes + row * input_stride, panels, bias, pass, row, rows, c,
+                          made, output);
+        }
+      }
+    });
+  }
+
+  // For the columns from `first` on.
+  void share_rows(const T* input, const float* weight, const float* bias, T* output,
+                  const Buffers& buffers, int pass, int64_t first) const {
+    const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
+    const int64_t group = std::min(columns_at_once, columns - first);
+    const int64_t weight_blocks = ceil_div(from.channels, Vec::width);
+    parallel_for(shape.threads, group * weight_blocks, [&](int64_t item) {
+      const int64_t c = item / weight_blocks;
+      pack(weight, pass, item % weight_blocks * Vec::width, first + c,
+           buffers.weight + c * column_floats());
+    });
+    const int64_t items = ceil_div(tiles.count, block_rows) * column_shares;
+    parallel_for(shape.threads, threads, [&](int64_t thread) {
+      float* planes_in = buffers.planes + thread * planes_floats();
+      float* made = buffers.made + thread * made_floats();
+      for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; ++i) {
+        const int64_t row = i / column_shares * block_rows, share = i % column_shares;
+        const int64_t rows = std::min(block_rows, tiles.count - row);
+        transform_rows(input, pass, row, rows, zeros, planes_in);
+        for (int64_t c = group * share / column_shares; c < group * (share + 1) / column_shares;
+             ++c) {
+          multiply_column(planes_in, buffers.weight + c * column_floats(), bias, pass, row, rows,
+                          first + c, made, output);
+        }
+      }
+    });
+  }
+};
+
+// dw = sum over tiles of (transformed big)^T (gradient of the products), in blocks of rows that
+// are transformed together and then multiplied for each square of channels. In words of bfloat16
+// pairs two neighbouring tiles share a word.
+template <class T, int M>
+struct Gradient {
+  static constexpr int points = Winograd<M>::points;
+  static constexpr int squares = points * points;
+  static constexpr int per_word = kPairs<T> ? 2 : 1;
+
+  const StridedConvShape& shape;
+  Map small, big;
+  Tiles tiles;
+  int64_t small_stride, big_stride, block_words, row_parts, columns;
+
+  explicit Gradient(const StridedConvShape& s)
+      : shape(s), small(small_map(s)), big(big_map(s)), tiles(s.batch, s.height, s.width, M) {
+    small_stride = row_stride(round_up(small.channels, Vec::width));
+    big_stride = row_stride(round_up(big.channels, kBlockColumns));
+    const int64_t word_bytes = squares * (small_stride + 4 * big_stride) * 4;
+    const int64_t all = ceil_div(tiles.count, per_word);
+    const int64_t blocks = ceil_div(all * word_bytes, kGradientBytes);
+    block_words = ceil_div(all, blocks);
+    columns = ceil_div(big.channels, kBlockColumns);
+    row_parts = ceil_div(small.channels, kGradientRows);
+  }
+
+  int64_t small_plane() const { return block_words * small_stride + kLine; }
+  int64_t big_plane() const { return block_words * big_stride + kLine; }
+
+  struct Buffers {
+    float* small;     // [square][word][small channels]
+    float* big;       // [subgrid][square][word][big channels]
+    float* zeros;     // a pixel
+    float* products;  // of each thread: [square][kGradientRows][kBlockColumns]
+    float* dweight;   // [a][4][4][b] where the weight is not stored so
+    int64_t per_thread;
+  };
+  Buffers carve(Scratch& scratch) const {
+    Buffers b;
+    b.small = scratch.floats(squares * small_plane());
+    b.big = scratch.floats(4 * squares * big_plane());
+    b.zeros = scratch.floats(std::max(small.channels, big.channels));
+    b.per_thread = squares * (kGradientRows * kBlockColumns + kLine);
+    b.products = scratch.floats(shape.threads * b.per_thread);
+    const bool aside = shape.weight_layout != Layout::channels_last;
+    b.dweight = scratch.floats(aside ? 16 * small.channels * big.channels : 0);
+    return b;
+  }
+
+  // Rows of per_word tiles, from `tile` on, into one word of every plane.
+  template <class Line, class WindowAt>
+  static void transform_word(const WindowAt& window_at, int64_t channels, float* row,
+                             int64_t plane) {
+    if constexpr (per_word == 2) {
+      const auto first = window_at(0), second = window_at(1);
+      for_each_vector(channels, [&](int64_t c, const auto& read) {
+        Vec even[Line::out * Line::out];
+        along_both<Line>([&](int i, int j) { return read(first.at[i][j] + c); },
+                         [&](int i, int j, Vec value) { even[i * Line::out + j] = value; });
+        along_both<Line>([&](int i, int j) { return read(second.at[i][j] + c); },
+                         [&](int i, int j, Vec value) {
+                           const int square = i * Line::out + j;
+                           store(row + square * plane + c, pair_up(even[square], value));
+                         });
+      });
+    } else {
+      transform_input_words<Line>(window_at(0), channels, row, plane);
+    }
+  }
+
+  template <class Line>
+  static void transform_input_words(const Window<T, Line::in>& window, int64_t channels, float* row,
+                                    int64_t plane) {
+    for_each_vector(channels, [&](int64_t c, const auto& read) {
+      along_both<Line>(
+          [&](int i, int j) { return read(window.at[i][j] + c); },
+          [&](int i, int j, Vec value) { store(row + (i * Line::out + j) * plane + c, value); });
+    });
+  }
+
+  // A window of M x M places of the small map or of a subgrid of the big one; past the last tile
+  // all zeros.
+  template <int Size>
+  Window<T, Size> window(const T* map, const Map& of, int64_t tile, int64_t origin_y,
+                         int64_t origin_x, int step, const T* zeros) const {
+    const bool inside = tile < tiles.count;
+    const Tiles::Place at = tiles.place(inside ? tile : 0);
+    const int64_t y = inside ? step * M * at.y + origin_y : of.height + Size * step;
+    return {map + at.image * of.height * of.width * of.channels,
+            of,
+            y,
+            step * M * at.x + origin_x,
+            step,
+            zeros};
+  }
+
+  void transform(const T* small_in, const T* big_in, int64_t first, int64_t word,
+                 const Buffers& buffers) const {
+    const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
+    const int64_t tile = (first + word) * per_word;
+    for (int i = 0; i < per_word; ++i) {
+      prefetch_tile(small_in, small, tiles, tile + i + per_word - 1, M);
+      prefetch_tile(big_in, big, tiles, tile + i + per_word - 1, 2 * M);
+    }
+    using Grad = typename Winograd<M>::OutputGrad;
+    transform_word<Grad>(
+        [&](int i) { return window<Grad::in>(small_in, small, tile + i, 0, 0, 1, zeros); },
+        small.channels, buffers.small + word * small_stride, small_plane());
+    using Line = typename Winograd<M>::Input;
+    for (int set = 0; set < 4; ++set) {
+      transform_word<Line>(
+          [&](int i) {
+            return window<Line::in>(big_in, big, tile + i, set / 2 - 1, set % 2 - 1, 2, zeros);
+          },
+          big.channels, buffers.big + set * squares * big_plane() + word * big_stride, big_plane());
+    }
+  }
+
+  template <int Rows, int Vectors>
+  static void multiply_rows(const float* left, int64_t left_stride, const float* right,
+                            int64_t right_stride, int64_t depth, float* made) {
+    Vec acc[Rows][Vectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) acc[i][j] = Vec(0.0f);
+    }
+    accumulate_columns<kPairs<T>, Rows, Vectors>(acc, left, left_stride, right, right_stride,
+                                                 depth);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) {
+        store(made + i * kBlockColumns + j * Vec::width, acc[i][j]);
+      }
+    }
+  }
+
+  template <int Vectors>
+  void multiply(const Buffers& buffers, int set, int64_t a, int64_t rows, int64_t column,
+                int64_t depth, float* made) const {
+    for (int square = 0; square < squares; ++square) {
+      const float* left = buffers.small + square * small_plane() + a;
+      const float* right =
+          buffers.big + (set * squares + square) * big_plane() + column * kBlockColumns;
+      float* out = made + square * (kGradientRows * kBlockColumns + kLine);
+      for (int64_t r = 0; r < rows;) {
+        const int64_t rest = rows - r;
+        const auto block = [&](auto count) {
+          multiply_rows<decltype(count)::value, Vectors>(left + r, small_stride, right, big_stride,
+                                                         depth, out + r * kBlockColumns);
+          r += decltype(count)::value;
+        };
+        if (kBlockRows == 12 && (rest > 16 || (rest > 8 && rest <= 12))) {
+          block(std::integral_constant<int, kBlockRows>{});
+        } else if (kBlockRows == 12 && rest > 4) {
+          block(std::integral_constant<int, kBlockRows == 12 ? 8 : 6>{});
+        } else if (rest > 4) {
+          block(std::integral_constant<int, 6>{});
+        } else {
+          block(std::integral_constant<int, 4>{});
+        }
+      }
+    }
+  }
+
+  // Adds the products of one square of channels to the taps of subgrid `set`.
+  void finish(const float* made, int set, int64_t a, int64_t rows, int64_t column, bool add,
+              float* dweight) const {
+    const int64_t B = big.channels;
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const int64_t b = column * kBlockColumns + v * Vec::width;
+      if (b >= B) return;
+      const int lanes = static_cast<int>(std::min<int64_t>(Vec::width, B - b));
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* m = made + r * kBlockColumns + v * Vec::width;
+        along_both<typename Winograd<M>::WeightGrad>(
+            [&](int i, int j) {
+              return load(m + (i * points + j) * (kGradientRows * kBlockColumns + kLine));
+            },
+            [&](int i, int j, Vec value) {
+              const int tap = 4 * (set / 2 + 2 * i) + set % 2 + 2 * j;
+              float* to = dweight + ((a + r) * 16 + tap) * B + b;
+              if (lanes == Vec::width) {
+                store(to, add ? load(to) + value : value);
+              } else {
+                store(to, add ? load(to, lanes) + value : value, lanes);
+              }
+            });
+      }
+    }
+  }
+
+  void run(const T* small_in, const T* big_in, float* dweight, void* scratch) const {
+    Scratch pieces(scratch);
+    const Buffers buffers = carve(pieces);
+    const int64_t A = small.channels, B = big.channels;
+    std::memset(buffers.zeros, 0, static_cast<size_t>(std::max(A, B)) * sizeof(float));
+    const bool aside = shape.weight_layout != Layout::channels_last;
+    float* sums = aside ? buffers.dweight : dweight;
+    const int64_t all = ceil_div(tiles.count, per_word);
+    for (int64_t first = 0; first < all; first += block_words) {
+      const int64_t depth = std::min(block_words, all - first);
+      parallel_for(shape.threads, depth,
+                   [&](int64_t word) { transform(small_in, big_in, first, word, buffers); });
+      const int64_t items = 4 * row_parts * columns;
+      const int64_t threads = std::min<int64_t>(shape.threads, items);
+      parallel_for(static_cast<int>(threads), threads, [&](int64_t thread) {
+        float* made = buffers.products + thread * buffers.per_thread;
+        for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads;
+             ++item) {
+          const int64_t column = item % columns, part = item / columns % row_parts;
+          const int set = static_cast<int>(item / (columns * row_parts));
+          const int64_t a = part * kGradientRows, rows = std::min(kGradientRows, A - a);
+          if (B - column * kBlockColumns > Vec::width) {
+            multiply<2>(buffers, set, a, rows, column, depth, made);
+          } else {
+            multiply<1>(buffers, set, a, rows, column, depth, made);
+          }
+          finish(made, set, a, rows, column, first > 0, sums);
+        }
+      });
+    }
+    if (!aside) return;
+    parallel_for(shape.threads, A, [&](int64_t a) {
+      for (int64_t b = 0; b < B; ++b) {
+        for (int t = 0; t < 16; ++t) dweight[(a * B + b) * 16 + t] = sums[(a * 16 + t) * B + b];
+      }
+    });
+  }
+};
+
+// Calls body with a value of the element type and with the tile size of the method.
+template <class Body>
+auto with_type_and_tile(const StridedConvShape& s, const Body& body) {
+  const bool wide = s.method == ConvMethod::f42;
+  if (s.dtype == DType::f32) {
+    return wide ? body(float{}, std::integral_constant<int, 4>{})
+                : body(float{}, std::integral_constant<int, 2>{});
+  }
+  return wide ? body(bfloat16{}, std::integral_constant<int, 4>{})
+              : body(bfloat16{}, std::integral_constant<int, 2>{});
+}
+
+}  // namespace
+
+ConvMethod strided_conv_method(const StridedConvShape& s, ConvPass pass) {
+  if (s.method == ConvMethod::none) return ConvMethod::none;
+  if (s.method == ConvMethod::f22 || s.method == ConvMethod::f42) return s.method;
+  if (direct_takes(s, pass)) return ConvMethod::direct;
+  if (s.method == ConvMethod::direct) return ConvMethod::none;
+  if (std::min(s.small_channels, s.big_channels) < 16) return ConvMethod::none;
+  const bool coarse = kHasPairs && s.dtype == DType::bf16;
+  const auto products = [&](int m) {
+    const int points = m + 1;
+    return ceil_div(s.height, m) * ceil_div(s.width, m) * 4 * points * points;
+  };
+  const int64_t plain = s.height * s.width * 16;
+  const ConvMethod best = !coarse && products(4) < products(2) ? ConvMethod::f42 : ConvMethod::f22;
+  const int64_t cost = best == ConvMethod::f42 ? products(4) : products(2);
+  return cost * 10 < plain * 9 ? best : ConvMethod::none;
+}
+
+int64_t strided_conv_scratch(const StridedConvShape& s, ConvPass pass) {
+  if (s.method == ConvMethod::direct) return direct_scratch(s, pass);
+  return with_type_and_tile(s, [&](auto type, auto tile) {
+    using T = decltype(type);
+    constexpr int M = decltype(tile)::value;
+    Scratch pieces(nullptr);
+    if (pass == ConvPass::up) {
+      Product<T, M, true>(s).carve(pieces);
+    } else if (pass == ConvPass::down) {
+      Product<T, M, false>(s).carve(pieces);
+    } else {
+      Gradient<T, M>(s).carve(pieces);
+    }
+    return pieces.used();
+  });
+}
+
+void strided_conv_up(const StridedConvUp& args) {
+  if (args.shape.method == ConvMethod::direct) return direct_up(args);
+  with_type_and_tile(args.shape, [&](auto type, auto tile) {
+    using T = decltype(type);
+    Product<T, decltype(tile)::value, true>(args.shape)
+        .run(static_cast<const T*>(args.small), args.weight, args.bias, static_cast<T*>(args.big),
+             args.scratch);
+  });
+}
+
+void strided_conv_down(const StridedConvDown& args) {
+  if (args.shape.method == ConvMethod::direct) return direct_down(args);
+  with_type_and_tile(args.shape, [&](auto type, auto tile) {
+    using T = decltype(type);
+    Product<T, decltype(tile)::value, false>(args.shape)
+        .run(static_cast<const T*>(args.big), args.weight, args.bias, static_cast<T*>(args.small),
+             args.scratch);
+  });
+}
+
+void strided_conv_weight_grad(const StridedConvWeightGrad& args) {
+  if (args.shape.method == ConvMethod::direct) return direct_weight_grad(args);
+  with_type_and_tile(args.shape, [&](auto type, auto tile) {
+    using T = decltype(type);
+    Gradient<T, decltype(tile)::value>(args.shape)
+        .run(static_cast<const T*>(args.small), static_cast<const T*>(args.big), args.dweight,
+             args.scratch);
+  });
+}
+
+}  // namespace pygan::PYGAN_ISA_NS

@@ -1,0 +1,517 @@
+"""The 4x4 convolution of stride 2 and padding 1, its transpose, and the gradient of their weight.
+
+With small ``[N, A, H, W]``, big ``[N, B, 2H or 2H + 1, 2W or 2W + 1]``, w ``[A, B, 4, 4]`` and
+big zero outside its edges:
+
+    down: small[n, a, y, x] = sum_{b, i, j} big[n, b, 2y - 1 + i, 2x - 1 + j] w[a, b, i, j]
+    up:   big[n, b, p, q] = sum of small[n, a, y, x] w[a, b, i, j] over 2y - 1 + i = p,
+          2x - 1 + j = q
+    weight_grad: dw[a, b, i, j] = sum_{n, y, x} small[n, a, y, x] big[n, b, 2y - 1 + i, 2x - 1 + j]
+
+One trilinear form sum(small * down(big, w)) has them as its three derivatives, so each one's
+gradients are the other two:
+
+    y = up(small, w):            dsmall = down(dy, w),     dw = weight_grad(small, dy)
+    y = down(big, w):            dbig = up(dy, w),         dw = weight_grad(dy, big)
+    g = weight_grad(small, big): dsmall = down(big, dg),   dbig = up(small, dg)
+
+with dbias = sum of dy over batch and space, and so on to any order. The kernels split big by the
+parity of its rows and columns, where the 4x4 of stride 2 is four 2x2 convolutions of stride 1,
+and compute these by Winograd's minimal filtering. Sums are float32; the weight and its gradient
+are float32 for bfloat16 activations too.
+
+Saved: the input where the weight wants a gradient, the weight where the input does. Gradient
+order: input, weight, bias. Source: Lavin and Gray 2016, arXiv:1509.09308.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from pygan.errors import UserError
+from pygan.ops import dispatch, native
+
+METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
+
+_PASSES = {"up": 0, "down": 1, "weight_grad": 2}
+_NONE = 1
+_TAKES = {"direct": ", it is for 1 to 4 big channels"}
+_LAST, _FIRST = torch.channels_last, torch.contiguous_format
+
+_LIKE_DOWN = ((2, 2), (1, 1), (1, 1), 1)  # stride, padding, dilation, groups
+
+
+def up_ref(
+    small: Tensor, weight: Tensor, bias: Tensor | None, output_padding: Sequence[int]
+) -> Tensor:
+    """The definition in torch; an output padding of 1 makes the big side odd."""
+    return F.conv_transpose2d(small, weight, bias, 2, 1, tuple(output_padding))
+
+
+def down_ref(big: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The definition in torch."""
+    return F.conv2d(big, weight, bias, 2, 1)
+
+
+def weight_grad_ref(small: Tensor, big: Tensor) -> Tensor:
+    """The definition in torch: ``[A, B, 4, 4]`` in the type of small and big."""
+    shape = (small.shape[1], big.shape[1], 4, 4)
+    return conv2d_weight(big, shape, small, 2, 1)
+
+
+class _Kernel(NamedTuple):
+    shape: Any
+    scratch: int  # bytes
+
+
+class _Layer(NamedTuple):
+    """What the three passes between a small and a big map share, to any order of gradient."""
+
+    small_size: tuple[int, ...]
+    big_size: tuple[int, ...]
+    weight_format: torch.memory_format
+    # None where torch is to run the pass.
+    up: _Kernel | None
+    down: _Kernel | None
+    weight_grad: _Kernel | None
+    refused: tuple[str, ...]  # passes that the named method does not take
+
+
+@functools.lru_cache(maxsize=1024)
+def _layer(
+    dtype: torch.dtype,
+    weight_format: torch.memory_format,
+    small_size: tuple[int, ...],
+    big_size: tuple[int, ...],
+    method: str,
+    named: bool,
+    threads: int,
+) -> _Layer:
+    """The kernels by ``method``; a named one that does not take a pass leaves it to "auto"."""
+    module = native.load()
+    assert module is not None
+    batch, a, height, width = small_size
+    _, b, big_height, big_width = big_size
+
+    def kernel(name: str, method: str) -> _Kernel | None:
+        shape = module.StridedConvShape(
+            native.DTYPES[dtype],
+            0 if weight_format is _LAST else 1,
+            batch,
+            height,
+            width,
+            big_height,
+            big_width,
+            a,
+            b,
+            METHODS[method],
+            threads,
+        )
+        if module.strided_conv_method(shape, _PASSES[name]) == _NONE:
+            return None
+        return _Kernel(shape, module.strided_conv_scratch(shape, _PASSES[name]))
+
+    found = {name: kernel(name, method) for name in _PASSES}
+    refused = tuple(name for name in _PASSES if named and found[name] is None)
+    found |= {name: kernel(name, "auto") for name in refused}
+    return _Layer(small_size, big_size, weight_format, **found, refused=refused)
+
+
+def _is_last(x: Tensor) -> bool:
+    """Whether torch's convolutions take x for channels_last, by strides alone as they do."""
+    _, c, h, w = x.shape
+    n_step, c_step, h_step, w_step = x.stride()
+    return (
+        w_step >= c * c_step
+        and h_step >= w * w_step
+        and n_step >= h * h_step
+        and h * h_step != c_step
+        and x.numel() > 0
+    )
+
+
+def _in_format(x: Tensor, last: bool) -> Tensor:
+    if _is_last(x) == last:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, memory_format=_LAST if last else _FIRST).copy_(x)
+
+
+def _run_up(
+    small: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, last: bool
+) -> Tensor:
+    """big in channels_last where ``last``, else contiguous."""
+    kernel, dtype = layer.up, small.dtype
+    if kernel is None:
+        odd = [layer.big_size[i] - 2 * layer.small_size[i] for i in (2, 3)]
+        bias = None if bias is None else bias.to(dtype)
+        big = torch.convolution(small, weight.to(dtype), bias, (2, 2), (1, 1), (1, 1), True, odd, 1)
+        return _in_format(big, last)
+    module = native.load()
+    assert module is not None
+    small = small.contiguous(memory_format=_LAST)
+    weight = weight.contiguous(memory_format=layer.weight_format)
+    big = torch.empty(layer.big_size, dtype=dtype, memory_format=_LAST)
+    module.strided_conv_up(
+        kernel.shape,
+        small.data_ptr(),
+        weight.data_ptr(),
+        native.address(bias),
+        big.data_ptr(),
+        native.scratch(kernel.scratch),
+    )
+    return big if last else _in_format(big, last)
+
+
+def _run_down(
+    big: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, last: bool
+) -> Tensor:
+    """small in channels_last where ``last``, else contiguous."""
+    kernel, dtype = layer.down, big.dtype
+    if kernel is None:
+        bias = None if bias is None else bias.to(dtype)
+        small = torch.convolution(
+            big, weight.to(dtype), bias, (2, 2), (1, 1), (1, 1), False, (0, 0), 1
+        )
+        return _in_format(small, last)
+    module = native.load()
+    assert module is not None
+    big = big.contiguous(memory_format=_LAST)
+    weight = weight.contiguous(memory_format=layer.weight_format)
+    small = torch.empty(layer.small_size, dtype=dtype, memory_format=_LAST)
+    module.strided_conv_down(
+        kernel.shape,
+        big.data_ptr(),
+        weight.data_ptr(),
+        native.address(bias),
+        small.data_ptr(),
+        native.scratch(kernel.scratch),
+    )
+    return small if last else _in_format(small, last)
+
+
+def _run_weight_grad(small: Tensor, big: Tensor, layer: _Layer) -> Tensor:
+    """float32 ``[A, B, 4, 4]`` in the weight's memory format."""
+    kernel = layer.weight_grad
+    if kernel is None:
+        return weight_grad_ref(small, big).float().contiguous(memory_format=layer.weight_format)
+    module = native.load()
+    assert module is not None
+    small, big = small.contiguous(memory_format=_LAST), big.contiguous(memory_format=_LAST)
+    size = (layer.small_size[1], layer.big_size[1], 4, 4)
+    dweight = torch.empty(size, dtype=torch.float32, memory_format=layer.weight_format)
+    module.strided_conv_weight_grad(
+        kernel.shape,
+        small.data_ptr(),
+        big.data_ptr(),
+        dweight.data_ptr(),
+        native.scratch(kernel.scratch),
+    )
+    return dweight
+
+
+def _passes() -> tuple[Any, Any, Any]:
+    """up, down and weight_grad: differentiable ones while a graph of the gradients is wanted."""
+    if torch.is_grad_enabled():
+        return _Up.apply, _Down.apply, _WeightGrad.apply
+    return _run_up, _run_down, _run_weight_grad
+
+
+class _Up(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, small: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, last: bool
+    ) -> Tensor:
+        wants = ctx.needs_input_grad
+        ctx.save_for_backward(small if wants[1] else None, weight if wants[0] else None)
+        ctx.layer, ctx.small_last = layer, _is_last(small)
+        return _run_up(small, weight, bias, layer, last)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (small, weight), wants = ctx.saved_tensors, ctx.needs_input_grad
+        _, down, weight_grad = _passes()
+        dy = grads[0].contiguous(memory_format=_LAST)
+        return (
+            down(dy, weight, None, ctx.layer, ctx.small_last) if wants[0] else None,
+            weight_grad(small, dy, ctx.layer) if wants[1] else None,
+            dy.sum((0, 2, 3), dtype=torch.float32) if wants[2] else None,
+            None,
+            None,
+        )
+
+
+class _Down(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, big: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, last: bool
+    ) -> Tensor:
+        wants = ctx.needs_input_grad
+        ctx.save_for_backward(big if wants[1] else None, weight if wants[0] else None)
+        ctx.layer, ctx.big_last = layer, _is_last(big)
+        return _run_down(big, weight, bias, layer, last)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (big, weight), wants = ctx.saved_tensors, ctx.needs_input_grad
+        up, _, weight_grad = _passes()
+        dy = grads[0].contiguous(memory_format=_LAST)
+        return (
+            up(dy, weight, None, ctx.layer, ctx.big_last) if wants[0] else None,
+            weight_grad(dy, big, ctx.layer) if wants[1] else None,
+            dy.sum((0, 2, 3), dtype=torch.float32) if wants[2] else None,
+            None,
+            None,
+        )
+
+
+class _WeightGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, small: Tensor, big: Tensor, layer: _Layer) -> Tensor:
+        ctx.save_for_backward(small, big)
+        ctx.layer = layer
+        return _run_weight_grad(small, big, layer)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (small, big), wants = ctx.saved_tensors, ctx.needs_input_grad
+        up, down, _ = _passes()
+        return (
+            down(big, grads[0], None, ctx.layer, _is_last(small)) if wants[0] else None,
+            up(small, grads[0], None, ctx.layer, _is_last(big)) if wants[1] else None,
+            None,
+        )
+
+
+def _autocast_dtype() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+def _supports_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, side: int) -> str | None:
+    """Reason that the kernels cannot take x, whose channels are dimension ``side`` of weight."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if (reason := dispatch.supports_cpu(*tensors)) is not None:
+        return reason
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[2:] != (4, 4):
+        return f"the shapes are {tuple(x.shape)} and {tuple(weight.shape)}, not 4-D with 4x4 taps"
+    if x.shape[1] != weight.shape[side]:
+        return f"{x.shape[1]} channels do not fit a weight of shape {tuple(weight.shape)}"
+    if bias is not None and bias.shape != weight.shape[1 - side : 2 - side]:
+        return f"a bias of shape {tuple(bias.shape)} does not fit the weight"
+    autocast = _autocast_dtype()
+    if autocast is None:
+        if any(t.dtype is not x.dtype for t in tensors):
+            return "input, weight and bias have different dtypes"
+    elif autocast not in native.DTYPES:
+        return f"autocast is to {autocast}, not to bfloat16"
+    return None
+
+
+def _run(
+    conv_pass: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_padding: Sequence[int],
+    method: str,
+    impl: str,
+) -> Tensor | None:
+    """up or down by the kernels, or None where torch's own operation is to run."""
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}; it is one of {', '.join(METHODS)}")
+    going_up = conv_pass == "up"
+    side = 0 if going_up else 1
+    if impl == "auto":
+        impl = dispatch.wished()
+    if impl == "auto" and method != "auto":
+        impl = "cpu"
+    # The usual answer first: it is asked for in every layer of every step.
+    if impl != "auto" or _supports_cpu(x, weight, bias, side) is not None:
+        candidates = [
+            ("cpu", lambda: _supports_cpu(x, weight, bias, side)),
+            ("torch", dispatch.always),
+        ]
+        if dispatch.choose("strided_conv", impl, candidates) == "torch":
+            if method != "auto":
+                raise UserError(f"method {method!r} is of the cpu implementation, not of torch's")
+            return None
+    (batch, _, height, width), (a, b, _, _) = x.shape, weight.shape
+    if going_up:
+        small_size = (batch, a, height, width)
+        big_size = (batch, b, 2 * height + output_padding[0], 2 * width + output_padding[1])
+    else:
+        small_size, big_size = (batch, a, height // 2, width // 2), (batch, b, height, width)
+    autocast, named = _autocast_dtype(), method != "auto"
+    layer = _layer(
+        x.dtype if autocast is None else autocast,
+        _LAST if weight.is_contiguous(memory_format=_LAST) else _FIRST,
+        small_size,
+        big_size,
+        # Winograd's transforms round a bfloat16 weight, which torch takes as it is, once more.
+        "direct" if weight.dtype is torch.bfloat16 and not named else method,
+        named,
+        torch.get_num_threads(),
+    )
+    if conv_pass in layer.refused:
+        raise UserError(
+            f"method {method!r} cannot run {conv_pass} between {small_size} and {big_size}"
+            f"{_TAKES.get(method, '')}; take another one, or 'auto'"
+        )
+    if impl == "auto" and not (layer.up or layer.down or layer.weight_grad):
+        return None
+    last = _is_last(x) or _is_last(weight)
+    if autocast is not None:
+        x = x.to(autocast)
+    weight, bias = weight.float(), None if bias is None else bias.float().contiguous()
+    if torch.is_grad_enabled():
+        return (_Up if going_up else _Down).apply(x, weight, bias, layer, last)
+    return (_run_up if going_up else _run_down)(x, weight, bias, layer, last)
+
+
+def up(
+    small: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    output_padding: Sequence[int] = (0, 0),
+    *,
+    method: str = "auto",
+    impl: str = "auto",
+) -> Tensor:
+    """``conv_transpose2d(small, weight, bias, 2, 1, output_padding)``; see
+    :func:`pygan.functional.conv_transpose2d`."""
+    big = _run("up", small, weight, bias, output_padding, method, impl)
+    return up_ref(small, weight, bias, output_padding) if big is None else big
+
+
+def down(
+    big: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    method: str = "auto",
+    impl: str = "auto",
+) -> Tensor:
+    """``conv2d(big, weight, bias, 2, 1)``; see :func:`pygan.functional.conv2d`."""
+    small = _run("down", big, weight, bias, (0, 0), method, impl)
+    return down_ref(big, weight, bias) if small is None else small
+
+
+def _pair(size: Any) -> tuple[Any, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, impl: str) -> bool:
+    """Whether a convolution in which each output meets x with one tap may be a product of
+    matrices: on a CPU, where that is faster, and with operands that both take alike."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if _autocast_dtype() is None:
+        alike = all(t.dtype is x.dtype for t in tensors)
+    else:
+        alike = all(t.dtype in native.DTYPES for t in tensors)
+    return (
+        alike
+        and weight.dim() == 4
+        and x.numel() > 0
+        and x.is_floating_point()
+        and (bias is None or bias.shape == (channels,))
+        and all(t.is_cpu and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and "torch" not in (impl, dispatch.wished())
+    )
+
+
+def _whole_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``conv2d`` of ``[N, B, h, w]`` with ``[A, B, h, w]`` to ``[N, A, 1, 1]``, as a product of
+    matrices in x's memory order."""
+    last = _is_last(x) or _is_last(weight)
+    if _is_last(x):
+        x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
+    y = F.linear(x.flatten(1), weight.flatten(1), bias)
+    return y[:, None, None].permute(0, 3, 1, 2) if last else y[:, :, None, None]
+
+
+def _from_point(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``conv_transpose2d`` of ``[N, A, 1, 1]`` with ``[A, B, h, w]`` to ``[N, B, h, w]``, as a
+    product of matrices in the memory order of the result."""
+    _, b, height, width = weight.shape
+    last = _is_last(x) or _is_last(weight)
+    x = x.flatten(1)
+    if not last:
+        every = None if bias is None else bias.repeat_interleave(height * width)
+        return F.linear(x, weight.flatten(1).t(), every).view(-1, b, height, width)
+    every = None if bias is None else bias.repeat(height * width)
+    y = F.linear(x, weight.permute(0, 2, 3, 1).flatten(1).t(), every)
+    return y.view(-1, height, width, b).permute(0, 3, 1, 2)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    method: str = "auto",
+    impl: str = "auto",
+) -> Tensor:
+    """See :func:`pygan.functional.conv2d`."""
+    taps = weight.shape[2:]
+    rest = (_pair(padding), _pair(dilation), groups)
+    if taps == (4, 4) and (_pair(stride), *rest) == _LIKE_DOWN:
+        return down(input, weight, bias, method=method, impl=impl)
+    _only_strided(method, impl)
+    if (
+        rest == ((0, 0), (1, 1), 1)
+        and taps.numel() > 1
+        and input.shape[1:] == weight.shape[1:]
+        and _dense(input, weight, bias, weight.shape[0], impl)
+    ):
+        return _whole_map(input, weight, bias)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    *,
+    method: str = "auto",
+    impl: str = "auto",
+) -> Tensor:
+    """See :func:`pygan.functional.conv_transpose2d`."""
+    taps, outer = weight.shape[2:], _pair(output_padding)
+    rest = (_pair(padding), _pair(dilation), groups)
+    if taps == (4, 4) and (_pair(stride), *rest) == _LIKE_DOWN:
+        return up(input, weight, bias, outer, method=method, impl=impl)
+    _only_strided(method, impl)
+    if (
+        rest == ((0, 0), (1, 1), 1)
+        and outer == (0, 0)
+        and taps.numel() > 1
+        and input.shape[1:] == (*weight.shape[:1], 1, 1)
+        and _dense(input, weight, bias, weight.shape[1], impl)
+    ):
+        return _from_point(input, weight, bias)
+    return F.conv_transpose2d(
+        input, weight, bias, stride, padding, output_padding, groups, dilation
+    )
+
+
+def _only_strided(method: str, impl: str) -> None:
+    if method != "auto" or impl not in ("auto", "torch"):
+        raise UserError(
+            f"method {method!r} and implementation {impl!r} were asked for; only 4x4 convolutions "
+            "of stride 2 and padding 1 have a choice, so leave out both for others"
+        )
