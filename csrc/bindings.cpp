@@ -143,10 +143,12 @@ PYBIND11_MODULE(_C, module) {
 
   module.def(
       "strided_conv_up",
-      [](const pygan::StridedConvShape& shape, Address small, Address weight, Address bias,
-         Address big, Address scratch) {
+      [](const pygan::StridedConvShape& shape, Address small, Address gate, float negative_slope,
+         Address weight, Address bias, Address big, Address scratch) {
         const pygan::StridedConvUp args{shape,
                                         pointer<const void>(small),
+                                        pointer<const void>(gate),
+                                        negative_slope,
                                         pointer<const float>(weight),
                                         pointer<const float>(bias),
                                         pointer<void>(big),
@@ -154,36 +156,43 @@ PYBIND11_MODULE(_C, module) {
         py::gil_scoped_release release;
         raise_unless_ok(pygan::strided_conv_up(args));
       },
-      py::arg("shape"), py::arg("small"), py::arg("weight"), py::arg("bias"), py::arg("big"),
-      py::arg("scratch"));
+      py::arg("shape"), py::arg("small"), py::arg("gate"), py::arg("negative_slope"),
+      py::arg("weight"), py::arg("bias"), py::arg("big"), py::arg("scratch"));
 
   module.def(
       "strided_conv_down",
       [](const pygan::StridedConvShape& shape, Address big, Address weight, Address bias,
-         Address small, Address scratch) {
+         int activation, float negative_slope, Address small, Address scratch) {
         const pygan::StridedConvDown args{shape,
                                           pointer<const void>(big),
                                           pointer<const float>(weight),
                                           pointer<const float>(bias),
+                                          static_cast<pygan::Activation>(activation),
+                                          negative_slope,
                                           pointer<void>(small),
                                           pointer<void>(scratch)};
         py::gil_scoped_release release;
         raise_unless_ok(pygan::strided_conv_down(args));
       },
-      py::arg("shape"), py::arg("big"), py::arg("weight"), py::arg("bias"), py::arg("small"),
-      py::arg("scratch"));
+      py::arg("shape"), py::arg("big"), py::arg("weight"), py::arg("bias"), py::arg("activation"),
+      py::arg("negative_slope"), py::arg("small"), py::arg("scratch"));
 
   module.def(
       "strided_conv_weight_grad",
-      [](const pygan::StridedConvShape& shape, Address small, Address big, Address dweight,
-         Address scratch) {
-        const pygan::StridedConvWeightGrad args{shape, pointer<const void>(small),
-                                                pointer<const void>(big), pointer<float>(dweight),
+      [](const pygan::StridedConvShape& shape, Address small, Address gate, float negative_slope,
+         Address big, Address dweight, Address scratch) {
+        const pygan::StridedConvWeightGrad args{shape,
+                                                pointer<const void>(small),
+                                                pointer<const void>(gate),
+                                                negative_slope,
+                                                pointer<const void>(big),
+                                                pointer<float>(dweight),
                                                 pointer<void>(scratch)};
         py::gil_scoped_release release;
         raise_unless_ok(pygan::strided_conv_weight_grad(args));
       },
-      py::arg("shape"), py::arg("small"), py::arg("big"), py::arg("dweight"), py::arg("scratch"));
+      py::arg("shape"), py::arg("small"), py::arg("gate"), py::arg("negative_slope"),
+      py::arg("big"), py::arg("dweight"), py::arg("scratch"));
 
   module.def(
       "gan_loss",

@@ -21,7 +21,7 @@ enum class Status : int {
   bad_pointer,  // a required array is null
   bad_index,    // an index outside [0, images)
   no_kernels,   // this machine runs none of the compiled instruction sets
-  no_method,    // no kernel takes this shape
+  no_method,    // no kernel takes this shape, or not with an activation or a gate
 };
 const char* describe(Status status);
 
@@ -84,6 +84,10 @@ Status norm_act_backward(const NormActBackward& args);
 // big_channels] are channels_last; big_height is 2 height or 2 height + 1, big_width likewise.
 // Weights and their gradient are float32, [a][i][j][b] when weight_layout is channels_last and
 // [a][b][i][j] when it is contiguous.
+// Only the direct method takes an activation or a gate. The activation follows the bias. A gate is
+// an array like small; with it every value of small counts as small * (gate > 0 ? 1 :
+// negative_slope), so that up and weight_grad go back through a ReLU (slope 0) or LeakyReLU (slope
+// not below 0) behind down, whose output is the gate.
 enum class ConvPass : int { up = 0, down = 1, weight_grad = 2 };
 
 // direct: few big channels; f22 and f42: Winograd with 2x2 and 4x4 outputs a tile.
@@ -101,6 +105,8 @@ struct StridedConvShape {
 struct StridedConvUp {
   StridedConvShape shape;
   const void* small;
+  const void* gate;  // or null
+  float negative_slope;
   const float* weight;
   const float* bias;  // [big_channels] or null
   void* big;
@@ -111,7 +117,9 @@ struct StridedConvDown {
   StridedConvShape shape;
   const void* big;
   const float* weight;
-  const float* bias;  // [small_channels] or null
+  const float* bias;      // [small_channels] or null
+  Activation activation;  // none, relu or leaky_relu
+  float negative_slope;
   void* small;
   void* scratch;
 };
@@ -119,13 +127,16 @@ struct StridedConvDown {
 struct StridedConvWeightGrad {
   StridedConvShape shape;
   const void* small;
+  const void* gate;  // or null
+  float negative_slope;
   const void* big;
   float* dweight;
   void* scratch;
 };
 
 // What `automatic` stands for: none where no kernel is expected to beat a library's, or where a
-// named method cannot take the shape.
+// named method cannot take the shape. bfloat16 has no f42 where the CPU multiplies it itself: its
+// transforms would be rounded too coarsely.
 ConvMethod strided_conv_method(const StridedConvShape& shape, ConvPass pass);
 int64_t strided_conv_scratch(const StridedConvShape& shape, ConvPass pass);
 Status strided_conv_up(const StridedConvUp& args);

@@ -64,13 +64,33 @@ class StridedConvShape:
 def strided_conv_method(shape: StridedConvShape, conv_pass: int) -> int: ...
 def strided_conv_scratch(shape: StridedConvShape, conv_pass: int) -> int: ...
 def strided_conv_up(
-    shape: StridedConvShape, small: int, weight: int, bias: int, big: int, scratch: int
+    shape: StridedConvShape,
+    small: int,
+    gate: int,
+    negative_slope: float,
+    weight: int,
+    bias: int,
+    big: int,
+    scratch: int,
 ) -> None: ...
 def strided_conv_down(
-    shape: StridedConvShape, big: int, weight: int, bias: int, small: int, scratch: int
+    shape: StridedConvShape,
+    big: int,
+    weight: int,
+    bias: int,
+    activation: int,
+    negative_slope: float,
+    small: int,
+    scratch: int,
 ) -> None: ...
 def strided_conv_weight_grad(
-    shape: StridedConvShape, small: int, big: int, dweight: int, scratch: int
+    shape: StridedConvShape,
+    small: int,
+    gate: int,
+    negative_slope: float,
+    big: int,
+    dweight: int,
+    scratch: int,
 ) -> None: ...
 def gan_loss(
     dtype: int, groups: tuple[tuple[int, int, float, float, int, int, int], ...], loss: int

@@ -61,8 +61,8 @@ def conv2d(
         bias: ``[A]`` or None.
         stride, padding, dilation, groups: as torch's.
         method: of the native kernels: "direct" (few input channels), "f22" or "f42" (Winograd
-            with 2x2 and 4x4 outputs a tile; "f42" rounds more in bfloat16), or "auto". A named one
-            runs the gradients too where it can.
+            with 2x2 and 4x4 outputs a tile; no "f42" in bfloat16 on a CPU that multiplies it
+            itself), or "auto". A named one runs the gradients too where it can.
         impl: "auto", "cpu" or "torch".
 
     Returns:

@@ -2,12 +2,13 @@
 
 A ``nn.Sequential`` keeps its children, parameters, buffers, hooks and ``state_dict``; only its
 class is exchanged for one that runs a batch norm and the activation behind it as one operation,
-and the convolutions of GANs by pygan's kernels.
+and the convolutions of GANs by pygan's kernels, a convolution of images together with the ReLU or
+LeakyReLU behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.modules import module as _module
 
 from pygan.errors import UserError
 from pygan.ops.norm_act import current_groups, norm_act
-from pygan.ops.strided_conv import conv2d, conv_transpose2d
+from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -26,6 +27,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Tanh: "tanh",
     nn.Sigmoid: "sigmoid",
 }
+PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU)
 
 
 @dataclass
@@ -105,26 +107,40 @@ def _is_convolution(layer: nn.Module) -> bool:
     return (_is_strided(layer) or _is_dense(layer)) and _why_not_convolution(layer) is None
 
 
+def _takes_activation(layer: nn.Module) -> bool:
+    """Whether it is of the kind whose kernels run an activation as well."""
+    return type(layer) is nn.Conv2d and _is_strided(layer) and layer.in_channels <= DIRECT_CHANNELS
+
+
 def _runs(layers: list[nn.Module]) -> Iterator[tuple[int, str, nn.Module | None]]:
     """Index of every layer that is called, whether it runs as an operation ("convolution",
-    "norm") or as a "module", and the activation that a norm takes along."""
+    "norm") or as a "module", and the activation that it takes along."""
     i = 0
     while i < len(layers):
-        kind, follower = "module", None
+        kind: str = "module"
+        taken: Container[type[nn.Module]] = ()
         if type(layers[i]) in BATCH_NORMS and why_opaque(layers[i]) is None:
-            kind = "norm"
-            follower = layers[i + 1] if i + 1 < len(layers) else None
-            if type(follower) not in ACTIVATIONS or (follower and why_opaque(follower) is not None):
-                follower = None
+            kind, taken = "norm", ACTIVATIONS
         elif _is_convolution(layers[i]):
-            kind = "convolution"
+            kind, taken = "convolution", PIECEWISE_LINEAR if _takes_activation(layers[i]) else ()
+        follower = layers[i + 1] if i + 1 < len(layers) else None
+        if type(follower) not in taken or (follower and why_opaque(follower) is not None):
+            follower = None
         yield i, kind, follower
         i += 1 if follower is None else 2
 
 
-def _convolution_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """What ``layer(x)`` computes."""
+def _convolution_layer(layer: nn.Module, activation: nn.Module | None, x: Tensor) -> Tensor:
+    """What ``activation(layer(x))`` computes."""
     assert isinstance(layer, CONVOLUTIONS)
+    if activation is not None:
+        return down(
+            x,
+            layer.weight,
+            layer.bias,
+            ACTIVATIONS[type(activation)],
+            getattr(activation, "negative_slope", 0.0),
+        )
     if isinstance(layer, nn.ConvTranspose2d):
         assert not isinstance(layer.padding, str)
         return conv_transpose2d(
@@ -190,7 +206,7 @@ def _one_group(
 
 class FusedSequential(nn.Sequential):
     """A ``nn.Sequential`` that runs each batch norm with the activation behind it, and
-    convolutions that pygan has a faster form of by that.
+    convolutions that pygan has a faster form of by that, those of images with theirs.
 
     Hooks are looked for at every call, so one that is added later is honoured. While something
     traces or compiles the module it is a plain ``nn.Sequential``.
@@ -205,7 +221,7 @@ class FusedSequential(nn.Sequential):
             if kind == "norm":
                 input = _norm_act_layers(layers[i], activation, input)
             elif kind == "convolution":
-                input = _convolution_layer(layers[i], input)
+                input = _convolution_layer(layers[i], activation, input)
             else:
                 input = layers[i](input)
         return input
@@ -215,9 +231,10 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
     """Makes a network faster in place: same parameters, buffers, ``state_dict``, hooks, numbers.
 
     Inside a ``nn.Sequential`` batch norms run together with the ReLU, LeakyReLU, Tanh or Sigmoid
-    behind them; 4x4 convolutions of stride 2 and padding 1, transposed or not, by native kernels;
-    convolutions of a 1x1 map, or to one, as products of matrices. Deep copies, pickles, ``.to``,
-    train and eval mode and a second call all work; :func:`unfuse` undoes it.
+    behind them; 4x4 convolutions of stride 2 and padding 1, transposed or not, by native kernels,
+    of 1 to 4 channels together with the ReLU or LeakyReLU behind them; convolutions of a 1x1 map,
+    or to one, as products of matrices. Deep copies, pickles, ``.to``, train and eval mode and a
+    second call all work; :func:`unfuse` undoes it.
 
     Args:
         module: any network.
@@ -260,17 +277,18 @@ def _describe(
     for i, kind, activation in _runs(layers):
         layer = layers[i]
         title = f"{prefix}{keys[i]} {type(layer).__name__}"
+        behind = (
+            "" if activation is None else f" + {prefix}{keys[i + 1]} {type(activation).__name__}"
+        )
         inside.add(layer)
         if convolution and kind != "norm":
             report.fused += convolution
             convolution = []
         if kind == "convolution":
-            convolution = [title if _is_strided(layer) else f"{title} ({_taken_maps(layer)})"]
+            title = title if _is_strided(layer) else f"{title} ({_taken_maps(layer)})"
+            convolution = [title + behind]
         elif kind == "norm":
-            row = [*convolution, title]
-            if activation is not None:
-                row.append(f"{prefix}{keys[i + 1]} {type(activation).__name__}")
-            report.fused.append(" + ".join(row))
+            report.fused.append(" + ".join([*convolution, title]) + behind)
             convolution = []
         elif isinstance(layer, BATCH_NORMS):
             reason = why_opaque(layer)

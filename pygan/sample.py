@@ -205,7 +205,8 @@ def _sample(argv: list[str] | None) -> int:
         drawn = -(-drawn // options.batch_size) * options.batch_size
     draw = interpolations if options.interpolate else latents
     z = draw(drawn, arguments["nz"], options.seed)
-    pygan.fuse(generator.to(device))
+    generator.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pygan.fuse(generator)
     batches = _batches(generator, z, options.number, options.batch_size, options.bn, device)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -270,6 +270,76 @@ def test_networks_of_a_gan_give_the_same_numbers() -> None:
         assert_same(forward_backward(plain, x), forward_backward(fused, x))
 
 
+def images() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4, 2, 1, bias=False),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.ConvTranspose2d(8, 3, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 4, 2, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 6, 4, 2, 1),
+        nn.BatchNorm2d(6),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(6, 2, 4, 2, 1),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(2, 3, 4, 2, 1),
+        nn.LeakyReLU(-0.5),
+    )
+
+
+def test_convolutions_of_images_take_their_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = images()
+    fused = copy.deepcopy(plain)
+    assert pygan.fuse(fused).fused == [
+        "0 Conv2d + 1 LeakyReLU",
+        "2 ConvTranspose2d",
+        "4 Conv2d + 5 ReLU",
+        "6 Conv2d + 7 BatchNorm2d + 8 LeakyReLU",
+        "9 Conv2d",
+        "11 Conv2d + 12 LeakyReLU",
+    ]
+    module = sys.modules["pygan.fuse"]
+    calls = []
+    real = module.down
+
+    def watched(*args: object) -> Tensor:
+        calls.append(args[3:])
+        return real(*args)
+
+    monkeypatch.setattr(module, "down", watched)
+    for shape in ((2, 3, 64, 64), (1, 3, 66, 65)):
+        x = torch.randn(shape)
+        assert_same(forward_backward(plain, x), forward_backward(fused, x))
+    assert calls[:3] == [("leaky_relu", 0.2), ("relu", 0.0), ("leaky_relu", -0.5)]
+    calls.clear()
+    seen: list[str] = []
+    fused[1].register_forward_hook(lambda *_: seen.append("hook"))
+    assert_same(forward_backward(plain, x), forward_backward(fused, x))
+    assert seen == ["hook"]
+    assert calls == [("relu", 0.0), ("leaky_relu", -0.5)]
+    assert pygan.fuse(fused).fused[0] == "0 Conv2d"
+
+
+def test_first_layer_of_a_discriminator_is_reported_with_its_activation() -> None:
+    _, discriminator = pygan.models.dcgan(32, 1, ngf=4, ndf=4)
+    assert pygan.fuse(discriminator).fused[0] == "main.0 Conv2d + main.1 LeakyReLU"
+
+
+def test_gradient_penalty_through_a_fused_activation() -> None:
+    torch.manual_seed(4)
+    plain = pygan.models.dcgan(32, nz=20, ngf=8, ndf=8)[1]
+    fused = copy.deepcopy(plain)
+    pygan.fuse(fused)
+    x = torch.randn(4, 3, 32, 32, requires_grad=True)
+    results = []
+    for network in (plain, fused):
+        (dx,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
+        penalty = (dx.flatten(1).norm(dim=1) - 1).square().mean()
+        results.append(list(torch.autograd.grad(penalty, list(network.parameters()))))
+    assert_same(*results)
+
+
 def module_convolutions() -> tuple[type[nn.Module], ...]:
     return sys.modules["pygan.fuse"].CONVOLUTIONS
 

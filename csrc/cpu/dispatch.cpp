@@ -85,6 +85,10 @@ bool empty(const StridedConvShape& s) {
   return s.batch * s.height * s.width * s.small_channels * s.big_channels == 0;
 }
 
+bool only_direct(const StridedConvUp& args) { return args.gate; }
+bool only_direct(const StridedConvDown& args) { return args.activation != Activation::none; }
+bool only_direct(const StridedConvWeightGrad& args) { return args.gate; }
+
 // Runs a pass with `automatic` resolved, or says why it cannot run.
 template <class Args>
 Status run(Args args, ConvPass pass, void (*kernel)(const Args&), bool pointers) {
@@ -94,6 +98,7 @@ Status run(Args args, ConvPass pass, void (*kernel)(const Args&), bool pointers)
   if (!kernel) return Status::no_kernels;
   args.shape.method = strided_conv_method(args.shape, pass);
   if (args.shape.method == ConvMethod::none) return Status::no_method;
+  if (args.shape.method != ConvMethod::direct && only_direct(args)) return Status::no_method;
   kernel(args);
   return Status::ok;
 }
@@ -117,7 +122,7 @@ const char* describe(Status status) {
     case Status::no_kernels:
       return "this machine runs none of the compiled instruction sets";
     case Status::no_method:
-      return "no kernel takes this shape";
+      return "no kernel takes this shape, or not with an activation or a gate";
   }
   return "unknown status";
 }
@@ -205,6 +210,9 @@ Status strided_conv_up(const StridedConvUp& args) {
 }
 
 Status strided_conv_down(const StridedConvDown& args) {
+  if (args.activation < Activation::none || args.activation > Activation::leaky_relu) {
+    return Status::bad_enum;
+  }
   return run(args, ConvPass::down, kernels.strided_conv_down,
              args.small && args.weight && args.big);
 }

@@ -19,7 +19,8 @@ namespace {
 
 constexpr int64_t kLine = 16;                 // floats of a cache line
 constexpr int64_t kWeightBytes = 64 << 20;    // of transformed weights at a time
-constexpr int64_t kSharedBytes = 4 << 20;     // of transformed input that all threads read
+constexpr int64_t kCachedBytes = 4 << 20;     // of transformed weights for several passes
+constexpr int64_t kSharedBytes = 8 << 20;     // of transformed input that all threads read
 constexpr int64_t kInputBytes = 3 << 19;      // of transformed input of one thread
 constexpr int64_t kGradientBytes = 10 << 20;  // of transformed maps in weight_grad
 constexpr int64_t kGradientRows = 8 * kBlockRows;
@@ -142,6 +143,28 @@ void transform_input(const Window<T, Line::in>& window, int64_t channels, float*
   });
 }
 
+// Covers rows by blocks of few sizes, body(integral_constant size, first row). The last block may
+// reach behind the rows, to the next multiple of 4, or of 6 where that is the widest block.
+template <class Body>
+inline void for_row_blocks(int64_t rows, const Body& body) {
+  for (int64_t r = 0; r < rows;) {
+    const int64_t rest = rows - r;
+    const auto block = [&](auto size) {
+      body(size, r);
+      r += decltype(size)::value;
+    };
+    if constexpr (kBlockRows == 6) {
+      rest > 4 ? block(std::integral_constant<int, 6>{}) : block(std::integral_constant<int, 4>{});
+    } else if (rest > 16 || (rest > 8 && rest <= 12)) {
+      block(std::integral_constant<int, kBlockRows>{});
+    } else if (rest > 4) {
+      block(std::integral_constant<int, 8>{});
+    } else {
+      block(std::integral_constant<int, 4>{});
+    }
+  }
+}
+
 // What `up` and `down` have in common: which planes the input becomes and which of them each
 // product multiplies. A pass computes `sets` output phases of `up`, or all of `down`.
 template <class T, int M, bool Up>
@@ -167,6 +190,7 @@ struct Product {
   Map from, to;
   Tiles tiles;
   int64_t words, input_stride, columns, columns_at_once, block_rows, threads, column_shares;
+  int together;  // passes that a block of rows goes through while its input is in the caches
   bool by_columns;
 
   explicit Product(const StridedConvShape& s)
@@ -179,16 +203,20 @@ struct Product {
     input_stride = row_stride(words);
     columns = ceil_div(to.channels, kBlockColumns);
     // Where the weight is the larger side, threads share its columns: each transforms its own,
-    // one column at a time, and all read one transformed input. Elsewhere they share the rows.
-    const int64_t weight_bytes = columns * column_floats() * 4;
+    // one column and segment at a time, which stays in its second cache, and all read one
+    // transformed input. Elsewhere they share the rows.
+    const int64_t weight_bytes = columns * products * segments * panel_stride() * 4;
     const int64_t input_bytes = planes * tiles.count * input_stride * 4;
-    by_columns = input_bytes <= std::min(weight_bytes, kSharedBytes) && columns >= s.threads;
+    by_columns =
+        M == 4 && input_bytes <= std::min(weight_bytes, kSharedBytes) && columns >= s.threads;
     if (by_columns) {
-      block_rows = std::min<int64_t>(round_up(tiles.count, 4), 8 * kBlockRows);
-      columns_at_once = column_shares = 1;
+      const int64_t most = Up ? 8 * kBlockRows : tiles.count;
+      block_rows = round_up(std::min(tiles.count, most), 4);
+      columns_at_once = column_shares = together = 1;
       threads = s.threads;
       return;
     }
+    together = passes * weight_bytes <= kCachedBytes ? passes : 1;
     columns_at_once = ceil_div(columns, ceil_div(weight_bytes, kWeightBytes));
     // Blocks of rows that threads share evenly and that stay near the second cache.
     const int64_t most = std::clamp<int64_t>(kInputBytes / (planes * input_stride * 4),
@@ -204,7 +232,9 @@ struct Product {
 
   // One line more than the array needs, else the planes of one place fall on the same lines.
   int64_t panel_stride() const { return words * kBlockColumns + kLine; }
-  int64_t column_floats() const { return products * segments * panel_stride(); }
+  // Segments of a column whose transformed weight is held at a time.
+  int held() const { return by_columns ? 1 : segments; }
+  int64_t column_floats() const { return products * held() * panel_stride(); }
   int64_t plane_stride() const {
     return padded(by_columns ? tiles.count : block_rows) * input_stride + kLine;
   }
@@ -222,7 +252,7 @@ struct Product {
   int64_t planes_floats() const { return round_up(planes * plane_stride(), kLine); }
   int64_t made_floats() const { return round_up(products * product_stride(), kLine); }
   Buffers carve(Scratch& scratch) const {
-    return {scratch.floats((by_columns ? threads : columns_at_once) * column_floats()),
+    return {scratch.floats((by_columns ? threads : together * columns_at_once) * column_floats()),
             scratch.floats(from.channels),
             scratch.floats((by_columns ? 1 : threads) * planes_floats()),
             scratch.floats(threads * made_floats())};
@@ -232,27 +262,24 @@ struct Product {
   static int tap(int set, int t) { return Up ? 3 - set - 2 * t : set + 2 * t; }
 
   // taps[k][4 * i + j] for Vec::width channels in from `k` and as many channels out from `n`: all
-  // of them, or those of one phase.
-  void read_taps(const float* weight, int pass, int64_t k, int64_t n, Vec (*taps)[16]) const {
+  // of them, or those of the one phase or subgrid `set`.
+  void read_taps(const float* weight, int set, int64_t k, int64_t n, Vec (*taps)[16]) const {
     constexpr int W = Vec::width;
     const int rows = static_cast<int>(std::min<int64_t>(W, from.channels - k));
     const int lanes = static_cast<int>(std::min<int64_t>(W, to.channels - n));
     const int64_t B = shape.big_channels;
-    if (shape.weight_layout == Layout::channels_last && Up) {
-      for (int r = 0; r < W; ++r) {
-        const float* from_row = weight + (k + r) * 16 * B + n;
-        for (int i = 0; i < (sets == 1 ? 4 : 16); ++i) {
-          const int t = sets == 1 ? 4 * tap(pass / 2, i / 2) + tap(pass % 2, i % 2) : i;
-          taps[r][t] = r < rows ? load(from_row + t * B, lanes) : Vec(0.0f);
-        }
-      }
-    } else if (shape.weight_layout == Layout::channels_last) {
-      for (int t = 0; t < 16; ++t) {
+    if (shape.weight_layout == Layout::channels_last) {
+      const bool one_set = sets == 1 || held() < segments;
+      for (int i = 0; i < (one_set ? 4 : 16); ++i) {
+        const int t = one_set ? 4 * tap(set / 2, i / 2) + tap(set % 2, i % 2) : i;
         Vec square[W];
-        for (int i = 0; i < W; ++i) {
-          square[i] = i < lanes ? load(weight + ((n + i) * 16 + t) * B + k, rows) : Vec(0.0f);
+        const int64_t first = Up ? k : n, other = Up ? n : k;
+        const int count = Up ? rows : lanes, across = Up ? lanes : rows;
+        for (int r = 0; r < W; ++r) {
+          const float* from_row = weight + ((first + r) * 16 + t) * B + other;
+          square[r] = r < count ? load(from_row, across) : Vec(0.0f);
         }
-        transpose(square);
+        if (!Up) transpose(square);
         for (int r = 0; r < W; ++r) taps[r][t] = square[r];
       }
     } else {
@@ -278,26 +305,27 @@ struct Product {
         [&](int i, int j, Vec value) { u[i * points + j] = value; });
   }
 
-  // Transforms the weight of Vec::width channels in, from `k` on, for one block of columns.
-  void pack(const float* weight, int pass, int64_t k, int64_t column, float* panels) const {
+  // Transforms the weight of Vec::width channels in, from `k` on, for one block of columns: of
+  // `up` all products, of `down` the segments from `segment` on that are held.
+  void pack(const float* weight, int pass, int segment, int64_t k, int64_t column,
+            float* panels) const {
     constexpr int W = Vec::width;
-    const int64_t step = segments * panel_stride();
+    const int64_t step = held() * panel_stride();
     const int64_t rows = std::min<int64_t>(W, from.channels - k);
     Vec taps[W][16];
     for (int v = 0; v < kBlockVectors; ++v) {
       const int64_t n = column * kBlockColumns + v * W;
       if (n >= to.channels) return;
-      read_taps(weight, pass, k, n, taps);
-      for (int set = 0; set < sets; ++set) {
-        const int phase = sets == 1 ? pass : set;
-        // Products of `up` lie one behind another, of `down` the four segments of each.
-        float* to_panel = panels + set * (Up ? squares : 1) * panel_stride() + v * W;
+      read_taps(weight, Up ? pass : segment, k, n, taps);
+      for (int i = 0; i < (Up ? sets : held()); ++i) {
+        const int set = Up ? (sets == 1 ? pass : i) : segment + i;
+        float* to_panel = panels + i * (Up ? squares : 1) * panel_stride() + v * W;
         for (int64_t r = 0; r < rows; r += kPairs<T> ? 2 : 1) {
           Vec u[squares];
-          transform_weight(taps[r], phase, u);
+          transform_weight(taps[r], set, u);
           if constexpr (kPairs<T>) {
             Vec odd[squares];
-            transform_weight(taps[r + 1], phase, odd);
+            transform_weight(taps[r + 1], set, odd);
             for (int p = 0; p < squares; ++p) u[p] = pair_up(u[p], odd[p]);
           }
           float* row = to_panel + (k + r) / (kPairs<T> ? 2 : 1) * kBlockColumns;
@@ -331,19 +359,22 @@ struct Product {
     }
   }
 
+  // Products of the segments that are held, added to those before from the second on.
   template <int Rows, int Vectors>
-  void multiply_rows(const float* input, const float* panel, int product, float* made) const {
+  void multiply_rows(const float* input, const float* panel, int product, int segment,
+                     float* made) const {
     Vec acc[Rows][Vectors];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) acc[i][j] = Vec(0.0f);
+      for (int j = 0; j < Vectors; ++j) {
+        acc[i][j] = segment ? load(made + i * kBlockColumns + j * Vec::width) : Vec(0.0f);
+      }
     }
-#pragma GCC unroll 1
-    for (int s = 0; s < segments; ++s) {
-      accumulate<kPairs<T>, Rows, Vectors>(acc, input + plane(product, s) * plane_stride(),
-                                           input_stride, panel + s * panel_stride(), kBlockColumns,
-                                           words);
+    for (int s = 0; s < held(); ++s) {
+      accumulate<kPairs<T>, Rows, Vectors>(
+          acc, input + plane(product, segment + s) * plane_stride(), input_stride,
+          panel + s * panel_stride(), kBlockColumns, words);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
@@ -355,35 +386,15 @@ struct Product {
   }
 
   template <int Vectors>
-  void multiply(const float* input, const float* panels, int64_t rows, float* made) const {
+  void multiply(const float* input, const float* panels, int64_t rows, int segment,
+                float* made) const {
     for (int product = 0; product < products; ++product) {
-      const float* panel = panels + product * segments * panel_stride();
+      const float* panel = panels + product * held() * panel_stride();
       float* out = made + product * product_stride();
-      for (int64_t r = 0; r < rows;) {
-        const int64_t rest = rows - r;
-        const float* from_row = input + r * input_stride;
-        float* to_row = out + r * kBlockColumns;
-        if constexpr (kBlockRows == 12) {
-          if (rest > 16 || (rest > 8 && rest <= 12)) {
-            multiply_rows<12, Vectors>(from_row, panel, product, to_row);
-            r += 12;
-          } else if (rest > 4) {
-            multiply_rows<8, Vectors>(from_row, panel, product, to_row);
-            r += 8;
-          } else {
-            multiply_rows<4, Vectors>(from_row, panel, product, to_row);
-            r += 4;
-          }
-        } else {
-          if (rest > 4) {
-            multiply_rows<6, Vectors>(from_row, panel, product, to_row);
-            r += 6;
-          } else {
-            multiply_rows<4, Vectors>(from_row, panel, product, to_row);
-            r += 4;
-          }
-        }
-      }
+      for_row_blocks(rows, [&](auto count, int64_t r) {
+        multiply_rows<decltype(count)::value, Vectors>(input + r * input_stride, panel, product,
+                                                       segment, out + r * kBlockColumns);
+      });
     }
   }
 
@@ -429,26 +440,27 @@ struct Product {
     }
   }
 
-  // One block of columns for one block of rows.
-  void multiply_column(const float* planes_in, const float* panels, const float* bias, int pass,
-                       int64_t row, int64_t rows, int64_t column, float* made, T* output) const {
+  // One block of columns for one block of rows, as far as the held segments go.
+  void multiply_column(const float* planes_in, const float* panels, int64_t rows, int64_t column,
+                       int segment, float* made) const {
     if (to.channels - column * kBlockColumns > Vec::width) {
-      multiply<2>(planes_in, panels, rows, made);
+      multiply<2>(planes_in, panels, rows, segment, made);
     } else {
-      multiply<1>(planes_in, panels, rows, made);
+      multiply<1>(planes_in, panels, rows, segment, made);
     }
-    transform_output(made, bias, pass, row, rows, column, output);
   }
 
   void run(const T* input, const float* weight, const float* bias, T* output, void* scratch) const {
     Scratch pieces(scratch);
     const Buffers buffers = carve(pieces);
     std::memset(buffers.zeros, 0, static_cast<size_t>(from.channels) * sizeof(float));
-    for (int pass = 0; pass < passes; ++pass) {
-      if (by_columns) {
+    if (by_columns) {
+      for (int pass = 0; pass < passes; ++pass) {
         share_columns(input, weight, bias, output, buffers, pass);
-      } else {
-        for (int64_t first = 0; first < columns; first += columns_at_once) {
+      }
+    } else {
+      for (int64_t first = 0; first < columns; first += columns_at_once) {
+        for (int pass = 0; pass < passes; pass += together) {
           share_rows(input, weight, bias, output, buffers, pass, first);
         }
       }
@@ -465,26 +477,34 @@ struct Product {
       float* panels = buffers.weight + thread * column_floats();
       float* made = buffers.made + thread * made_floats();
       for (int64_t c = columns * thread / threads; c < columns * (thread + 1) / threads; ++c) {
-        for (int64_t k = 0; k < from.channels; k += Vec::width) pack(weight, pass, k, c, panels);
-        for (int64_t row = 0; row < tiles.count; row += block_rows) {
-          const int64_t rows = std::min(block_rows, tiles.count - row);
-          multiply_column(buffers.planes + row * input_stride, panels, bias, pass, row, rows, c,
-                          made, output);
+        for (int segment = 0; segment < segments; ++segment) {
+          for (int64_t k = 0; k < from.channels; k += Vec::width) {
+            pack(weight, pass, segment, k, c, panels);
+          }
+          // Several blocks of rows only where there is one segment.
+          for (int64_t row = 0; row < tiles.count; row += block_rows) {
+            const int64_t rows = std::min(block_rows, tiles.count - row);
+            multiply_column(buffers.planes + row * input_stride, panels, rows, c, segment, made);
+            if (segment + 1 == segments) {
+              transform_output(made, bias, pass, row, rows, c, output);
+            }
+          }
         }
       }
     });
   }
 
-  // For the columns from `first` on.
+  // For the passes from `pass_from` and the columns from `first` on that are held.
   void share_rows(const T* input, const float* weight, const float* bias, T* output,
-                  const Buffers& buffers, int pass, int64_t first) const {
+                  const Buffers& buffers, int pass_from, int64_t first) const {
     const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
     const int64_t group = std::min(columns_at_once, columns - first);
     const int64_t weight_blocks = ceil_div(from.channels, Vec::width);
-    parallel_for(shape.threads, group * weight_blocks, [&](int64_t item) {
-      const int64_t c = item / weight_blocks;
-      pack(weight, pass, item % weight_blocks * Vec::width, first + c,
-           buffers.weight + c * column_floats());
+    parallel_for(shape.threads, together * group * weight_blocks, [&](int64_t item) {
+      const int64_t panel = item / weight_blocks;
+      pack(weight, pass_from + static_cast<int>(panel / group), 0,
+           item % weight_blocks * Vec::width, first + panel % group,
+           buffers.weight + panel * column_floats());
     });
     const int64_t items = ceil_div(tiles.count, block_rows) * column_shares;
     parallel_for(shape.threads, threads, [&](int64_t thread) {
@@ -493,11 +513,15 @@ struct Product {
       for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; ++i) {
         const int64_t row = i / column_shares * block_rows, share = i % column_shares;
         const int64_t rows = std::min(block_rows, tiles.count - row);
-        transform_rows(input, pass, row, rows, zeros, planes_in);
-        for (int64_t c = group * share / column_shares; c < group * (share + 1) / column_shares;
-             ++c) {
-          multiply_column(planes_in, buffers.weight + c * column_floats(), bias, pass, row, rows,
-                          first + c, made, output);
+        for (int p = 0; p < together; ++p) {
+          const int pass = pass_from + p;
+          const float* panels = buffers.weight + p * group * column_floats();
+          transform_rows(input, pass, row, rows, zeros, planes_in);
+          for (int64_t c = group * share / column_shares; c < group * (share + 1) / column_shares;
+               ++c) {
+            multiply_column(planes_in, panels + c * column_floats(), rows, first + c, 0, made);
+            transform_output(made, bias, pass, row, rows, first + c, output);
+          }
         }
       }
     });
@@ -650,23 +674,10 @@ struct Gradient {
       const float* right =
           buffers.big + (set * squares + square) * big_plane() + column * kBlockColumns;
       float* out = made + square * (kGradientRows * kBlockColumns + kLine);
-      for (int64_t r = 0; r < rows;) {
-        const int64_t rest = rows - r;
-        const auto block = [&](auto count) {
-          multiply_rows<decltype(count)::value, Vectors>(left + r, small_stride, right, big_stride,
-                                                         depth, out + r * kBlockColumns);
-          r += decltype(count)::value;
-        };
-        if (kBlockRows == 12 && (rest > 16 || (rest > 8 && rest <= 12))) {
-          block(std::integral_constant<int, kBlockRows>{});
-        } else if (kBlockRows == 12 && rest > 4) {
-          block(std::integral_constant<int, kBlockRows == 12 ? 8 : 6>{});
-        } else if (rest > 4) {
-          block(std::integral_constant<int, 6>{});
-        } else {
-          block(std::integral_constant<int, 4>{});
-        }
-      }
+      for_row_blocks(rows, [&](auto count, int64_t r) {
+        multiply_rows<decltype(count)::value, Vectors>(left + r, small_stride, right, big_stride,
+                                                       depth, out + r * kBlockColumns);
+      });
     }
   }
 
@@ -751,20 +762,27 @@ auto with_type_and_tile(const StridedConvShape& s, const Body& body) {
 }  // namespace
 
 ConvMethod strided_conv_method(const StridedConvShape& s, ConvPass pass) {
+  // F(4, 2) in bfloat16 words is three to four times coarser than a plain convolution; F(2, 2)
+  // stays within twice where sums are long.
+  const bool coarse = kHasPairs && s.dtype == DType::bf16;
   if (s.method == ConvMethod::none) return ConvMethod::none;
-  if (s.method == ConvMethod::f22 || s.method == ConvMethod::f42) return s.method;
+  if (s.method == ConvMethod::f22) return s.method;
+  if (s.method == ConvMethod::f42) return coarse ? ConvMethod::none : s.method;
   if (direct_takes(s, pass)) return ConvMethod::direct;
   if (s.method == ConvMethod::direct) return ConvMethod::none;
-  if (std::min(s.small_channels, s.big_channels) < 16) return ConvMethod::none;
-  const bool coarse = kHasPairs && s.dtype == DType::bf16;
-  const auto products = [&](int m) {
+  if (std::min(s.small_channels, s.big_channels) < (coarse ? 48 : 16)) return ConvMethod::none;
+  if (coarse && std::min(s.height, s.width) < 4) return ConvMethod::none;
+  // Products of each method a place, in the rounded-up tiles, with what the transforms of the
+  // weight cost in products: measured, about 32 for each of its floats.
+  const auto cost = [&](int m) {
     const int points = m + 1;
-    return ceil_div(s.height, m) * ceil_div(s.width, m) * 4 * points * points;
+    const int64_t tiles = s.batch * ceil_div(s.height, m) * ceil_div(s.width, m);
+    return (tiles + (pass == ConvPass::weight_grad ? 0 : 32)) * 4 * points * points;
   };
-  const int64_t plain = s.height * s.width * 16;
-  const ConvMethod best = !coarse && products(4) < products(2) ? ConvMethod::f42 : ConvMethod::f22;
-  const int64_t cost = best == ConvMethod::f42 ? products(4) : products(2);
-  return cost * 10 < plain * 9 ? best : ConvMethod::none;
+  const ConvMethod best = !coarse && cost(4) < cost(2) ? ConvMethod::f42 : ConvMethod::f22;
+  // Below nine tenths of the plain products the transforms of the maps are paid for.
+  const int64_t plain = s.batch * s.height * s.width * 16;
+  return 10 * cost(best == ConvMethod::f42 ? 4 : 2) < 9 * plain ? best : ConvMethod::none;
 }
 
 int64_t strided_conv_scratch(const StridedConvShape& s, ConvPass pass) {

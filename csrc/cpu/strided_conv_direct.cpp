@@ -139,6 +139,55 @@ inline void prefetch(const void* from, int64_t bytes) {
   }
 }
 
+// The small map as it counts. Where there is a gate, a copy of it is multiplied.
+template <class T>
+class Small {
+ public:
+  template <class Args>
+  explicit Small(const Args& args)
+      : values_(static_cast<const T*>(args.small)),
+        gate_(static_cast<const T*>(args.gate)),
+        slope_(args.negative_slope) {}
+
+  bool gated() const { return gate_; }
+  const T* values() const { return values_; }
+
+  Vec gated(int64_t i) const { return gated(load(values_ + i), load(gate_ + i)); }
+  Vec gated(int64_t i, int lanes) const {
+    return gated(load(values_ + i, lanes), load(gate_ + i, lanes));
+  }
+
+  void prefetch(int64_t i, int64_t count) const {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    PYGAN_ISA_NS::prefetch(values_ + i, bytes);
+    if (gate_) PYGAN_ISA_NS::prefetch(gate_ + i, bytes);
+  }
+
+  // Values i to i + count, rounded to T where To is.
+  template <class To>
+  void copy(int64_t i, int64_t count, To* to) const {
+    if (!gate_) {
+      if constexpr (std::is_same_v<To, float>) {
+        widen_row(values_ + i, count, to);
+      } else {
+        std::memcpy(to, values_ + i, count * sizeof(T));
+      }
+      return;
+    }
+    int64_t k = 0;
+    for (; k + Vec::width <= count; k += Vec::width) store(to + k, gated(i + k));
+    const int rest = static_cast<int>(count - k);
+    if (rest > 0) store(to + k, gated(i + k, rest), rest);
+  }
+
+ private:
+  Vec gated(Vec value, Vec gate) const { return if_positive(gate, value, value * slope_); }
+
+  const T* values_;
+  const T* gate_;
+  Vec slope_;
+};
+
 template <class T>
 inline void store_lanes(T* to, Vec value, int lanes) {
   lanes == Vec::width ? store(to, value) : store(to, value, lanes);
@@ -202,14 +251,15 @@ inline Vec carried(const float* sums, int column) {
   return count < Vec::width ? keep(value, count) : value;
 }
 
-template <bool Pairs, int B>
+// prefetch(x, count) is called once for every pixel.
+template <bool Pairs, int B, class Prefetch>
 void multiply_row(const float* small, int64_t words, int64_t pixels, const float* weights,
-                  float* sums, bool prefetch_next) {
+                  float* sums, const Prefetch& prefetch) {
   using Blocks = UpBlocks<B>;
   constexpr int kColumns = Blocks::vectors * Vec::width;
   for_each_block<Blocks::most_steps>(pixels, [&](int64_t x, auto rows) {
     constexpr int kRows = decltype(rows)::value;
-    if (prefetch_next) prefetch(small + (pixels + x) * words, kRows * words * 4);
+    prefetch(x, kRows);
     for (int block = 0; block < Blocks::count; ++block) {
       float* out = sums + x * Blocks::columns + block * kColumns;
       Vec acc[kRows][Blocks::vectors];
@@ -277,7 +327,9 @@ void up(const StridedConvUp& args) {
   const Vec bias = load(bias_lanes);
 
   // Rows are multiplied where they lie, if they consist of whole words and whole blocks.
-  const bool in_place = (std::is_same_v<T, float> || (kPair && A % 2 == 0)) && W % kRowStep == 0;
+  const Small<T> small(args);
+  const bool in_place =
+      !small.gated() && (std::is_same_v<T, float> || (kPair && A % 2 == 0)) && W % kRowStep == 0;
   for_each_share(s, small_rows(s), [&](int64_t share, int64_t begin, int64_t end) {
     float* sums = shares + share * scratch.share();
     float* line = sums + scratch.sums;
@@ -288,19 +340,18 @@ void up(const StridedConvUp& args) {
       const int64_t n = row / H, y = row % H;
       if (y == 0) std::fill_n(sums, W * Blocks::columns, 0.0f);
       const auto multiply = [&](int64_t from) {
-        const T* small = static_cast<const T*>(args.small) + from * W * A;
-        const float* left = reinterpret_cast<const float*>(small);
+        const float* left = reinterpret_cast<const float*>(small.values() + from * W * A);
         if (!in_place) {
+          using Copied = std::conditional_t<kPair, bfloat16, float>;
           left = copy;
-          for (int64_t x = 0; x < W; ++x) {
-            if constexpr (kPair) {
-              std::memcpy(copy + x * words, small + x * A, A * sizeof(T));
-            } else {
-              widen_row(small + x * A, A, copy + x * words);
-            }
+          const int64_t step = kPair && A % 2 != 0 ? 1 : W;
+          for (int64_t x = 0; x < W; x += step) {
+            small.copy((from * W + x) * A, step * A, reinterpret_cast<Copied*>(copy + x * words));
           }
         }
-        multiply_row<kPair, B>(left, words, W, weights, sums, in_place);
+        multiply_row<kPair, B>(left, words, W, weights, sums, [&](int64_t x, int64_t count) {
+          small.prefetch(((from + 1) * W + x) * A, count * A);
+        });
         std::fill_n(sums + W * Blocks::columns, Blocks::columns, 0.0f);
       };
       const auto write = [&](int64_t big_row, int slice) {
@@ -342,12 +393,20 @@ template <int Vectors>
 struct Outputs {
   Vec bias[Vectors];
   int lanes[Vectors];
+  Activation activation;
+  Vec slope;
 
-  Outputs(const StridedConvDown& args, int64_t a) {
+  Outputs(const StridedConvDown& args, int64_t a)
+      : activation(args.activation), slope(args.negative_slope) {
     for (int j = 0; j < Vectors; ++j, a += Vec::width) {
       lanes[j] = static_cast<int>(std::min<int64_t>(Vec::width, args.shape.small_channels - a));
       bias[j] = args.bias ? load(args.bias + a, lanes[j]) : Vec(0.0f);
     }
+  }
+
+  Vec activate(Vec z) const {
+    if (activation == Activation::none) return z;
+    return activation == Activation::relu ? max(Vec(0.0f), z) : if_positive(z, z, z * slope);
   }
 };
 
@@ -407,7 +466,8 @@ void down_by_rows(const StridedConvDown& args) {
             prefetch(out + (W + i) * A, kVectors * Vec::width * sizeof(T));
 #pragma GCC unroll 4
             for (int j = 0; j < kVectors; ++j) {
-              store_lanes(out + i * A + j * Vec::width, acc[i][j], outputs.lanes[j]);
+              store_lanes(out + i * A + j * Vec::width, outputs.activate(acc[i][j]),
+                          outputs.lanes[j]);
             }
           }
         });
@@ -528,9 +588,10 @@ void down_by_tiles(const StridedConvDown& args) {
               if (x + 2 * i + side >= W) return;
               T* at = out + 2 * i * A + j * Vec::width;
               prefetch(at + 2 * W * A, Vec::width * sizeof(T));  // below this tile
-              store_lanes(at, sums[0][i][j] + sums[1][i][j], outputs.lanes[j]);
+              store_lanes(at, outputs.activate(sums[0][i][j] + sums[1][i][j]), outputs.lanes[j]);
               if (y + 1 < H) {
-                store_lanes(at + W * A, sums[1][i][j] + sums[2][i][j], outputs.lanes[j]);
+                store_lanes(at + W * A, outputs.activate(sums[1][i][j] + sums[2][i][j]),
+                            outputs.lanes[j]);
               }
             });
           }
@@ -583,6 +644,7 @@ void weight_grad_by_rows(const StridedConvWeightGrad& args) {
   const int64_t channels = round_up(A, 16), depth = (W + 1) / 2, line = padded_row(s);
   const Scratch scratch = plan(s, ConvPass::weight_grad);
   float* shares = static_cast<float*>(args.scratch);
+  const Small<bfloat16> small(args);
 
   for_each_share(s, small_rows(s), [&](int64_t share, int64_t begin, int64_t end) {
     float* sums = shares + share * scratch.share();  // [columns][channels]
@@ -595,7 +657,7 @@ void weight_grad_by_rows(const StridedConvWeightGrad& args) {
       const int64_t count = std::min({kChunkRows, end - row, H - y});
       const bfloat16* image =
           static_cast<const bfloat16*>(args.big) + n * s.big_height * s.big_width * B;
-      const bfloat16* small = static_cast<const bfloat16*>(args.small) + row * W * A;
+      const int64_t first = row * W * A;
       for (int64_t i = 0; i < 2 * count + 2; ++i) {
         pad_row<true>(s, image, 2 * y - 1 + i, padded);
         const bfloat16* values = reinterpret_cast<const bfloat16*>(padded);
@@ -605,18 +667,29 @@ void weight_grad_by_rows(const StridedConvWeightGrad& args) {
       }
       for (int64_t k = 0; k < count * depth; ++k) {
         const int64_t x = k % depth * 2;
-        const bfloat16* values = small + (k / depth * W + x) * A;
+        const int64_t pixel = first + (k / depth * W + x) * A;
+        const bfloat16* values = small.values() + pixel;
         float* to = right + k * channels;
-        if (x + 1 < W) {
+        if (small.gated()) {
+          for (int64_t a = 0; a < A; a += Vec::width) {
+            const int lanes = static_cast<int>(std::min<int64_t>(Vec::width, A - a));
+            const Vec second = x + 1 < W ? small.gated(pixel + A + a, lanes) : Vec(0.0f);
+            store(to + a, pair_up(small.gated(pixel + a, lanes), second));
+          }
+        } else if (x + 1 < W) {
           for (int64_t a = 0; a < A; ++a) to[a] = word(values[a], values[A + a]);
         } else {
           for (int64_t a = 0; a < A; ++a) to[a] = word(values[a], {});
         }
       }
+      const int64_t blocks = (A + kBlockColumns - 1) / kBlockColumns;
+      int64_t next = first + count * W * A;
       for_each_channel_block(A, [&](int64_t a, auto vectors) {
         constexpr int kVectors = decltype(vectors)::value;
         constexpr int kRows = B == 4 ? 8 : 4 * B;
+        const int64_t part = count * W * A * kRows / (blocks * 16 * B);
         for (int64_t column = 0; column < 16 * B; column += kRows) {
+          small.prefetch(std::exchange(next, next + part), part);
           const float* left = lines + column / (4 * B) * line + column % (4 * B);
           Vec acc[kRows][kVectors];
           clear(acc);
@@ -656,7 +729,8 @@ void weight_grad_by_tiles(const StridedConvWeightGrad& args) {
   float* shares = static_cast<float*>(args.scratch);
   const int64_t line = padded_row(s), differences = 2 * kPoints * line;
   const int64_t blocks = (A + kBlockColumns - 1) / kBlockColumns * kPoints * kPoints;
-  const int64_t part = 2 * kChunkTiles * W * A * static_cast<int64_t>(sizeof(T)) / blocks;
+  const int64_t part = 2 * kChunkTiles * W * A / blocks;
+  const Small<T> small(args);
 
   for_each_share(s, s.batch * tile_rows, [&](int64_t share, int64_t begin, int64_t end) {
     float* sums = shares + share * scratch.share();  // [row][column][parity][depth][channels]
@@ -668,21 +742,21 @@ void weight_grad_by_tiles(const StridedConvWeightGrad& args) {
       const int64_t n = tile_row / tile_rows, y = tile_row % tile_rows * 2;
       const int64_t count = std::min({kChunkTiles, end - tile_row, (H - y + 1) / 2});
       const T* image = static_cast<const T*>(args.big) + n * s.big_height * s.big_width * B;
-      const T* small = static_cast<const T*>(args.small) + (n * H + y) * W * A;
+      const int64_t first = (n * H + y) * W * A;
       for (int64_t r = 0; r < count; ++r) {
         fill_tile_lines(s, image, y + 2 * r, lines + r * 4 * kPoints * line);
       }
-      const bool in_place =
-          std::is_same_v<T, float> && A % Vec::width == 0 && W % 2 == 0 && y + 2 * count <= H;
-      const float* right = reinterpret_cast<const float*>(small);
-      const char* next = reinterpret_cast<const char*>(small + 2 * count * W * A);
+      const bool in_place = !small.gated() && std::is_same_v<T, float> && A % Vec::width == 0 &&
+                            W % 2 == 0 && y + 2 * count <= H;
+      const float* right = reinterpret_cast<const float*>(small.values() + first);
+      int64_t next = first + 2 * count * W * A;
       const int64_t pixel = in_place ? A : channels, row = in_place ? W * A : 2 * tiles * channels;
       if (!in_place) {
         right = copy;
         for (int64_t i = 0; i < 2 * count; ++i) {
           if (y + i >= H) std::fill_n(copy + i * row, row, 0.0f);
           for (int64_t x = 0; x < W && y + i < H; ++x) {
-            widen_row(small + (i * W + x) * A, A, copy + i * row + x * channels);
+            small.copy(first + (i * W + x) * A, A, copy + i * row + x * channels);
           }
         }
       }
@@ -715,7 +789,7 @@ void weight_grad_by_tiles(const StridedConvWeightGrad& args) {
           const int64_t factor_tile = is_added ? kColumns : 2 * pixel;
           const float* left =
               lines + 2 * i * line + (column == 1 ? 0 : differences) + (column == 0 ? 0 : kDepth);
-          if (in_place) prefetch(std::exchange(next, next + part), part);
+          small.prefetch(std::exchange(next, next + part), part);
           for (int64_t k = 0; k < 2 * kDepth; k += kRows) {
             Vec acc[kRows][kVectors];
             clear(acc);

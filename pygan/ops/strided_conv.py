@@ -20,8 +20,13 @@ parity of its rows and columns, where the 4x4 of stride 2 is four 2x2 convolutio
 and compute these by Winograd's minimal filtering. Sums are float32; the weight and its gradient
 are float32 for bfloat16 activations too.
 
-Saved: the input where the weight wants a gradient, the weight where the input does. Gradient
-order: input, weight, bias. Source: Lavin and Gray 2016, arXiv:1509.09308.
+A ReLU or LeakyReLU behind down runs with it where the direct kernels take all three passes. With
+y = act(down(big, w)) and gate = 1 where y > 0, else the slope, the gradients are those of down
+with dy * gate in dy's place, multiplied as the kernels read dy.
+
+Saved: the input where the weight wants a gradient, the weight where the input does, and y where
+there is an activation. Gradient order: input, weight, bias. Source: Lavin and Gray 2016,
+arXiv:1509.09308.
 """
 
 from __future__ import annotations
@@ -39,10 +44,15 @@ from pygan.errors import UserError
 from pygan.ops import dispatch, native
 
 METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
+ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
+DIRECT_CHANNELS = 4  # of big, at most
 
 _PASSES = {"up": 0, "down": 1, "weight_grad": 2}
 _NONE = 1
-_TAKES = {"direct": ", it is for 1 to 4 big channels"}
+_TAKES = {
+    "direct": f", it is for 1 to {DIRECT_CHANNELS} big channels",
+    "f42": ", it is not for bfloat16 on a CPU that multiplies bfloat16 itself",
+}
 _LAST, _FIRST = torch.channels_last, torch.contiguous_format
 
 _LIKE_DOWN = ((2, 2), (1, 1), (1, 1), 1)  # stride, padding, dilation, groups
@@ -55,9 +65,21 @@ def up_ref(
     return F.conv_transpose2d(small, weight, bias, 2, 1, tuple(output_padding))
 
 
-def down_ref(big: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def down_ref(
+    big: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+) -> Tensor:
     """The definition in torch."""
-    return F.conv2d(big, weight, bias, 2, 1)
+    return _activate(F.conv2d(big, weight, bias, 2, 1), activation, negative_slope)
+
+
+def _activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+    if activation == "none":
+        return z
+    return F.relu(z) if activation == "relu" else F.leaky_relu(z, negative_slope)
 
 
 def weight_grad_ref(small: Tensor, big: Tensor) -> Tensor:
@@ -69,6 +91,7 @@ def weight_grad_ref(small: Tensor, big: Tensor) -> Tensor:
 class _Kernel(NamedTuple):
     shape: Any
     scratch: int  # bytes
+    method: int
 
 
 class _Layer(NamedTuple):
@@ -82,6 +105,12 @@ class _Layer(NamedTuple):
     down: _Kernel | None
     weight_grad: _Kernel | None
     refused: tuple[str, ...]  # passes that the named method does not take
+
+    @property
+    def takes_activation(self) -> bool:
+        return all(
+            k and k.method == METHODS["direct"] for k in (self.up, self.down, self.weight_grad)
+        )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -114,9 +143,10 @@ def _layer(
             METHODS[method],
             threads,
         )
-        if module.strided_conv_method(shape, _PASSES[name]) == _NONE:
+        found = module.strided_conv_method(shape, _PASSES[name])
+        if found == _NONE:
             return None
-        return _Kernel(shape, module.strided_conv_scratch(shape, _PASSES[name]))
+        return _Kernel(shape, module.strided_conv_scratch(shape, _PASSES[name]), found)
 
     found = {name: kernel(name, method) for name in _PASSES}
     refused = tuple(name for name in _PASSES if named and found[name] is None)
@@ -144,9 +174,16 @@ def _in_format(x: Tensor, last: bool) -> Tensor:
 
 
 def _run_up(
-    small: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, last: bool
+    small: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: _Layer,
+    last: bool,
+    gate: Tensor | None = None,
+    negative_slope: float = 0.0,
 ) -> Tensor:
-    """big in channels_last where ``last``, else contiguous."""
+    """big in channels_last where ``last``, else contiguous. Only a layer that takes an activation
+    takes a channels_last ``gate``."""
     kernel, dtype = layer.up, small.dtype
     if kernel is None:
         odd = [layer.big_size[i] - 2 * layer.small_size[i] for i in (2, 3)]
@@ -161,6 +198,8 @@ def _run_up(
     module.strided_conv_up(
         kernel.shape,
         small.data_ptr(),
+        native.address(gate),
+        negative_slope,
         weight.data_ptr(),
         native.address(bias),
         big.data_ptr(),
@@ -170,9 +209,16 @@ def _run_up(
 
 
 def _run_down(
-    big: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, last: bool
+    big: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: _Layer,
+    last: bool,
+    activation: str = "none",
+    negative_slope: float = 0.0,
 ) -> Tensor:
-    """small in channels_last where ``last``, else contiguous."""
+    """small in channels_last where ``last``, else contiguous. Only a layer that takes an activation
+    is given one."""
     kernel, dtype = layer.down, big.dtype
     if kernel is None:
         bias = None if bias is None else bias.to(dtype)
@@ -190,14 +236,22 @@ def _run_down(
         big.data_ptr(),
         weight.data_ptr(),
         native.address(bias),
+        ACTIVATIONS[activation],
+        negative_slope,
         small.data_ptr(),
         native.scratch(kernel.scratch),
     )
     return small if last else _in_format(small, last)
 
 
-def _run_weight_grad(small: Tensor, big: Tensor, layer: _Layer) -> Tensor:
-    """float32 ``[A, B, 4, 4]`` in the weight's memory format."""
+def _run_weight_grad(
+    small: Tensor,
+    big: Tensor,
+    layer: _Layer,
+    gate: Tensor | None = None,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """float32 ``[A, B, 4, 4]`` in the weight's memory format; ``gate`` as in :func:`_run_up`."""
     kernel = layer.weight_grad
     if kernel is None:
         return weight_grad_ref(small, big).float().contiguous(memory_format=layer.weight_format)
@@ -209,6 +263,8 @@ def _run_weight_grad(small: Tensor, big: Tensor, layer: _Layer) -> Tensor:
     module.strided_conv_weight_grad(
         kernel.shape,
         small.data_ptr(),
+        native.address(gate),
+        negative_slope,
         big.data_ptr(),
         dweight.data_ptr(),
         native.scratch(kernel.scratch),
@@ -271,6 +327,42 @@ class _Down(torch.autograd.Function):
         )
 
 
+class _DownActivated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        big: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: _Layer,
+        last: bool,
+        activation: str,
+        negative_slope: float,
+    ) -> Tensor:
+        wants = ctx.needs_input_grad
+        y = _run_down(big, weight, bias, layer, last, activation, negative_slope)
+        ctx.save_for_backward(big if wants[1] else None, weight if wants[0] else None, y)
+        ctx.layer, ctx.big_last = layer, _is_last(big)
+        ctx.slope = negative_slope if activation == "leaky_relu" else 0.0
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (big, weight, y), wants = ctx.saved_tensors, ctx.needs_input_grad
+        up, _, weight_grad = _passes()
+        dy, gate = (t.contiguous(memory_format=_LAST) for t in (grads[0], y.detach()))
+        rest: tuple[Any, ...] = (gate, ctx.slope)
+        if wants[2] or torch.is_grad_enabled():
+            # Neither the sum for the bias nor a graph is in the kernels.
+            dy, rest = torch.ops.aten.leaky_relu_backward(dy, gate, ctx.slope, True), ()
+        return (
+            up(dy, weight, None, ctx.layer, ctx.big_last, *rest) if wants[0] else None,
+            weight_grad(dy, big, ctx.layer, *rest) if wants[1] else None,
+            dy.sum((0, 2, 3), dtype=torch.float32) if wants[2] else None,
+            *(None,) * 4,
+        )
+
+
 class _WeightGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, small: Tensor, big: Tensor, layer: _Layer) -> Tensor:
@@ -319,12 +411,16 @@ def _run(
     weight: Tensor,
     bias: Tensor | None,
     output_padding: Sequence[int],
+    activation: str,
+    negative_slope: float,
     method: str,
     impl: str,
 ) -> Tensor | None:
     """up or down by the kernels, or None where torch's own operation is to run."""
     if method not in METHODS:
         raise UserError(f"method is {method!r}; it is one of {', '.join(METHODS)}")
+    if activation not in ACTIVATIONS:
+        raise UserError(f"activation is {activation!r}; it is one of {', '.join(ACTIVATIONS)}")
     going_up = conv_pass == "up"
     side = 0 if going_up else 1
     if impl == "auto":
@@ -369,9 +465,15 @@ def _run(
     if autocast is not None:
         x = x.to(autocast)
     weight, bias = weight.float(), None if bias is None else bias.float().contiguous()
-    if torch.is_grad_enabled():
-        return (_Up if going_up else _Down).apply(x, weight, bias, layer, last)
-    return (_run_up if going_up else _run_down)(x, weight, bias, layer, last)
+    graph = torch.is_grad_enabled()
+    if going_up:
+        return (_Up.apply if graph else _run_up)(x, weight, bias, layer, last)
+    # Below a slope of 0 the signs behind the activation do not tell those before it.
+    if activation != "none" and layer.takes_activation and negative_slope >= 0:
+        fused = _DownActivated.apply if graph else _run_down
+        return fused(x, weight, bias, layer, last, activation, negative_slope)
+    z = (_Down.apply if graph else _run_down)(x, weight, bias, layer, last)
+    return _activate(z, activation, negative_slope)
 
 
 def up(
@@ -385,7 +487,7 @@ def up(
 ) -> Tensor:
     """``conv_transpose2d(small, weight, bias, 2, 1, output_padding)``; see
     :func:`pygan.functional.conv_transpose2d`."""
-    big = _run("up", small, weight, bias, output_padding, method, impl)
+    big = _run("up", small, weight, bias, output_padding, "none", 0.0, method, impl)
     return up_ref(small, weight, bias, output_padding) if big is None else big
 
 
@@ -393,13 +495,18 @@ def down(
     big: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.0,
     *,
     method: str = "auto",
     impl: str = "auto",
 ) -> Tensor:
-    """``conv2d(big, weight, bias, 2, 1)``; see :func:`pygan.functional.conv2d`."""
-    small = _run("down", big, weight, bias, (0, 0), method, impl)
-    return down_ref(big, weight, bias) if small is None else small
+    """``conv2d(big, weight, bias, 2, 1)``, see :func:`pygan.functional.conv2d`, and behind it
+    ``activation``: "none", "relu" or "leaky_relu" with ``negative_slope``."""
+    small = _run("down", big, weight, bias, (0, 0), activation, negative_slope, method, impl)
+    if small is None:
+        return down_ref(big, weight, bias, activation, negative_slope)
+    return small
 
 
 def _pair(size: Any) -> tuple[Any, ...]:

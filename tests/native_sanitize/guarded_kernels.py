@@ -138,17 +138,20 @@ def strided_conv(c: Any, side: str) -> Iterator[str]:
                     f"{odd=} {a=} {b=} {conv_pass=}"
                 )
                 small, big = (memory.values(count, dtype) for count in counts)
+                fused = method == 2 and layout == 0
+                gate = memory.values(counts[0], dtype) if fused else 0
                 if conv_pass == 0:
                     weight, bias = memory.values(16 * a * b), memory.values(b)
                     big = memory.empty(counts[1], dtype)
-                    c.strided_conv_up(shape, small, weight, bias, big, scratch)
+                    c.strided_conv_up(shape, small, gate, 0.2, weight, bias, big, scratch)
                 elif conv_pass == 1:
                     weight, bias = memory.values(16 * a * b), memory.values(a)
                     small = memory.empty(counts[0], dtype)
-                    c.strided_conv_down(shape, big, weight, bias, small, scratch)
+                    activation = 2 if fused else 0
+                    c.strided_conv_down(shape, big, weight, bias, activation, 0.2, small, scratch)
                 else:
                     dweight = memory.empty(16 * a * b)
-                    c.strided_conv_weight_grad(shape, small, big, dweight, scratch)
+                    c.strided_conv_weight_grad(shape, small, gate, 0.2, big, dweight, scratch)
 
 
 OPERATIONS = {f.__name__: f for f in (norm_act, gan_loss, image_batch, strided_conv)}

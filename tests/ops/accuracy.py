@@ -1,8 +1,6 @@
 """The accuracy rule: at most so many times plain torch's error in the same type, or under a floor.
 
-Twice, but 2.2 times for bfloat16 convolutions and 3 times for weight gradients. Winograd kernels
-that are asked for by name in bfloat16 make no such promise: below a bound that a lost element
-would break they pass.
+Twice, but 2.2 times for bfloat16 convolutions and 3 times for weight gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ CONVOLUTION_FLOOR = FLOOR | {torch.float32: 3e-6}
 FACTOR = 2.0
 CONVOLUTION_FACTOR = {torch.float32: FACTOR, torch.bfloat16: 2.2}
 WEIGHT_GRAD_FACTOR = 3.0
-NAMED_WINOGRAD_BF16 = 2.0**-5
 
 
 def relative_error(value: Tensor, oracle: Tensor) -> float:

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from accuracy import (
     CONVOLUTION_FLOOR,
-    NAMED_WINOGRAD_BF16,
     assert_accurate_convolution,
     relative_error,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,6 +29,7 @@ pytestmark = pytest.mark.native
 LAST = torch.channels_last
 LAYOUTS = ["contiguous", "channels_last", "strided", "shifted"]
 METHODS = ["auto", "direct", "f22", "f42"]
+WINOGRAD = (op.METHODS["f22"], op.METHODS["f42"])
 CANARY = 64  # bytes
 
 
@@ -72,6 +72,8 @@ class Case:
     layout: str = "channels_last"
     weight_layout: str = "channels_last"
     bias: bool = True
+    activation: str = "none"
+    slope: float = 0.0
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -108,6 +110,11 @@ def make(case: Case) -> dict[str, Tensor]:
     }
     if case.bias:
         values["bias"] = torch.randn(y[1], generator=g).to(case.weight_dtype)
+    if case.activation != "none":
+        # Rounding decides about the sign of what is almost zero: no gradient comes from there.
+        wide = {k: v.double() for k, v in values.items()}
+        z = call(dataclasses.replace(case, activation="none"), wide, "torch")
+        values["dy"] *= z.abs() > 0.02 * z.square().mean().sqrt()
     return values
 
 
@@ -115,6 +122,8 @@ def call(case: Case, values: dict[str, Tensor], impl: str, method: str = "auto")
     x, weight, bias = values["x"], values["weight"], values.get("bias")
     if case.conv_pass == "up":
         return conv_transpose2d(x, weight, bias, 2, 1, case.odd, method=method, impl=impl)
+    if case.activation != "none":
+        return op.down(x, weight, bias, case.activation, case.slope, method=method, impl=impl)
     return conv2d(x, weight, bias, 2, 1, method=method, impl=impl)
 
 
@@ -141,6 +150,8 @@ def run(
         inputs = [leaves["x"], leaves["weight"], dy]
         twice = torch.autograd.grad(objective, inputs)
         result |= {f"d2{k}": v for k, v in zip(("x", "weight", "dy"), twice, strict=True)}
+        if case.activation != "none":
+            result["d2dy"] = result["d2dy"] * (dy != 0)
     return result
 
 
@@ -149,6 +160,17 @@ def layer_of(case: Case, method: str) -> Any:
     form = LAST if weight.is_contiguous(memory_format=LAST) else torch.contiguous_format
     named = method != "auto"
     return op._layer(case.dtype, form, *case.shapes, method, named, torch.get_num_threads())
+
+
+def promised(case: Case, method: str) -> bool:
+    """Whether a method keeps the rule: the Winograd methods whose transforms are rounded to
+    bfloat16 do where "auto" takes one, and that is no place for a bfloat16 weight."""
+    coarse = case.dtype == torch.bfloat16 and native.load().isa() == "avx512_bf16"
+    if not coarse or method not in ("f22", "f42"):
+        return True
+    chosen = layer_of(case, "auto")
+    winograd = all(k and k.method in WINOGRAD for k in (chosen.up, chosen.down, chosen.weight_grad))
+    return winograd and case.weight_dtype == torch.float32
 
 
 def check(case: Case, methods: Sequence[str] = ("auto",), second: bool = False) -> None:
@@ -161,15 +183,17 @@ def check(case: Case, methods: Sequence[str] = ("auto",), second: bool = False) 
             continue
         ours = run(case, "cpu", method, second=second)
         assert ours.keys() == oracle.keys()
-        assert ours["y"].stride() == plain["y"].stride()
-        coarse = case.dtype == torch.bfloat16 and method in ("f22", "f42")
+        y, like = ours["y"], plain["y"]
+        # torch's activations give a dimension of one element a stride of their own.
+        for dim in range(4):
+            ignored = case.activation != "none" and y.shape[dim] == 1
+            assert ignored or y.stride(dim) == like.stride(dim)
+        in_rule = promised(case, method)
         for name in ours:
             about, triple = f"{case} {method} {name}", (ours[name], plain[name], oracle[name])
             assert ours[name].dtype == plain[name].dtype, about
-            if coarse:
-                error = relative_error(ours[name], oracle[name])
-                assert error <= NAMED_WINOGRAD_BF16, f"{about}: relative error {error:.2e}"
-            else:
+            assert ours[name].isfinite().all(), about
+            if in_rule:
                 weight_grad = name in ("dweight", "d2weight")
                 assert_accurate_convolution(about, *triple, case.dtype, weight_grad=weight_grad)
 
@@ -287,8 +311,8 @@ def test_third_derivative(conv_pass: str) -> None:
 @given(
     conv_pass=st.sampled_from(["up", "down"]),
     batch=st.integers(1, 4),
-    small_channels=st.integers(1, 40),
-    big_channels=st.one_of(st.integers(1, 5), st.integers(1, 40)),
+    small_channels=st.integers(1, 72),
+    big_channels=st.one_of(st.integers(1, 5), st.integers(1, 72)),
     height=st.integers(1, 11),
     width=st.integers(1, 11),
     odd=st.tuples(st.integers(0, 1), st.integers(0, 1)),
@@ -320,15 +344,178 @@ def test_any_shape(
     check(Case(conv_pass, size, odd, *types, layout, weight_layout, bias), METHODS)
 
 
+@settings(max_examples=30)
+@given(
+    conv_pass=st.sampled_from(["up", "down"]),
+    batch=st.integers(2, 4),
+    channels=st.tuples(st.integers(48, 96), st.integers(48, 96)),
+    maps=st.tuples(st.integers(4, 12), st.integers(4, 12)),
+    odd=st.tuples(st.integers(0, 1), st.integers(0, 1)),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_named_winograd_in_bfloat16(
+    conv_pass: str,
+    batch: int,
+    channels: tuple[int, int],
+    maps: tuple[int, int],
+    odd: tuple[int, int],
+    layout: str,
+) -> None:
+    case = Case(conv_pass, (batch, channels[0], *maps, channels[1]), odd, torch.bfloat16)
+    case.layout = layout
+    assume(promised(case, "f22"))
+    check(case, ["auto", "f22", "f42"])
+
+
+def test_f42_is_refused_where_its_transforms_would_be_rounded() -> None:
+    case = Case("down", (2, 64, 8, 8, 64), dtype=torch.bfloat16)
+    names = ("up", "down", "weight_grad")
+    rounded = native.load().isa() == "avx512_bf16"
+    assert layer_of(case, "f42").refused == (names if rounded else ())
+    assert layer_of(dataclasses.replace(case, dtype=torch.float32), "f42").refused == ()
+    if rounded:
+        values = make(case)
+        values |= {k: values[k].bfloat16() for k in ("weight", "bias")}
+        with pytest.raises(UserError, match="on a CPU that multiplies bfloat16 itself"):
+            call(case, values, "cpu", "f42")
+
+
 def test_kernels_take_the_layers_of_a_gan() -> None:
     for size in DCGAN:
         for conv_pass in ("up", "down"):
             for dtype in (torch.float32, torch.bfloat16):
-                named = METHODS[2:] if size[4] > 4 else METHODS[1:2]
-                for method in named:
-                    layer = layer_of(Case(conv_pass, size, dtype=dtype), method)
-                    assert layer.refused == ()
-                    assert layer.up and layer.down and layer.weight_grad
+                method = "f22" if size[4] > 4 else "direct"
+                layer = layer_of(Case(conv_pass, size, dtype=dtype), method)
+                assert layer.refused == ()
+                assert layer.up and layer.down and layer.weight_grad
+
+
+ACTIVATIONS = pytest.mark.parametrize(
+    ("activation", "slope"), [("relu", 0.0), ("leaky_relu", 0.2)], ids=["relu", "leaky_relu"]
+)
+
+
+@ACTIVATIONS
+@TYPES
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize(
+    "size", [(3, 64, 8, 8, 3), (2, 19, 5, 7, 1), (2, 33, 9, 6, 4), (1, 40, 3, 12, 2)], ids=str
+)
+def test_activation(
+    size: tuple[int, int, int, int, int],
+    layout: str,
+    bias: bool,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    activation: str,
+    slope: float,
+) -> None:
+    case = Case(
+        *("down", size, (1, 0), dtype, weight_dtype, layout, layout, bias, activation, slope)
+    )
+    assert layer_of(case, "auto").takes_activation
+    check(case, METHODS, second=True)
+
+
+@settings(max_examples=30)
+@given(
+    batch=st.integers(1, 4),
+    small_channels=st.integers(1, 72),
+    big_channels=st.integers(1, 4),
+    maps=st.tuples(st.integers(1, 13), st.integers(1, 13)),
+    odd=st.tuples(st.integers(0, 1), st.integers(0, 1)),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+    activation=st.sampled_from(["relu", "leaky_relu"]),
+    slope=st.sampled_from([0.0, 0.01, 0.2, 1.5]),
+)
+def test_activation_of_any_shape(
+    batch: int,
+    small_channels: int,
+    big_channels: int,
+    maps: tuple[int, int],
+    odd: tuple[int, int],
+    layout: str,
+    dtype: torch.dtype,
+    bias: bool,
+    activation: str,
+    slope: float,
+) -> None:
+    size = (batch, small_channels, *maps, big_channels)
+    case = Case("down", size, odd, dtype, layout=layout, bias=bias)
+    check(dataclasses.replace(case, activation=activation, slope=slope))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_activation_is_in_the_kernels(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("down", (2, 16, 4, 4, 3), bias=bias, activation="leaky_relu", slope=0.2)
+    expected = run(case, "torch")
+    monkeypatch.setattr(F, "leaky_relu", None)
+    if not bias:
+        monkeypatch.setattr(torch.ops.aten, "leaky_relu_backward", None)
+    for name, value in run(case, "cpu").items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("channels", "method", "slope"), [(3, "f22", 0.2), (24, "auto", 0.2), (3, "auto", -0.5)]
+)
+def test_activation_that_the_kernels_do_not_take(channels: int, method: str, slope: float) -> None:
+    case = Case("down", (2, 20, 6, 4, channels), activation="leaky_relu", slope=slope)
+    check(case, [method], second=True)
+
+
+def test_other_methods_refuse_activations_and_gates() -> None:
+    module = native.load()
+    assert module is not None
+    shapes = ((1, 4, 4, 16), (1, 8, 8, 3), (16, 4, 4, 3), (1 << 20,))
+    arrays = [torch.ones(shape) for shape in shapes]
+    *at, room = [t.data_ptr() for t in arrays]
+
+    def down(shape: Any, activation: int = 2) -> None:
+        module.strided_conv_down(shape, at[1], at[2], 0, activation, 0.2, at[0], room)
+
+    def up(shape: Any) -> None:
+        module.strided_conv_up(shape, at[0], at[0], 0.2, at[2], 0, at[1], room)
+
+    def weight_grad(shape: Any) -> None:
+        module.strided_conv_weight_grad(shape, at[0], at[0], 0.2, at[1], at[2], room)
+
+    for method in METHODS:
+        shape = module.StridedConvShape(0, 0, 1, 4, 4, 8, 8, 16, 3, op.METHODS[method], 1)
+        for attempt in (down, up, weight_grad):
+            if method in ("f22", "f42"):
+                with pytest.raises(ValueError, match="not with an activation or a gate"):
+                    attempt(shape)
+            else:
+                attempt(shape)
+        with pytest.raises(ValueError, match="activation is unknown"):
+            down(shape, 3)
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_activation_passes_nan(dtype: torch.dtype, activation: str, slope: float) -> None:
+    case = Case("down", (2, 20, 7, 6, 3), dtype=dtype, weight_dtype=dtype)
+    case.activation, case.slope = activation, slope
+    values = make(case)
+    values["x"][1, 1, 2, 3] = float("nan")
+    ours, plain = call(case, values, "cpu"), call(case, values, "torch")
+    assert plain[1].isnan().any()
+    assert ours[plain.isnan()].isnan().all()
+    assert ours[0].isfinite().all()
+    for value in (float("inf"), float("-inf"), float("nan")):
+        values["x"].zero_()
+        values["bias"].fill_(value)
+        ours, plain = call(case, values, "cpu"), call(case, values, "torch")
+        torch.testing.assert_close(ours, plain, equal_nan=True)
+
+
+def test_unknown_activation_is_named() -> None:
+    with pytest.raises(UserError, match="activation is 'tanh'; it is one of none, relu"):
+        op.down(torch.randn(2, 3, 8, 8), torch.randn(5, 3, 4, 4), None, "tanh")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
