@@ -169,9 +169,9 @@ def _constant(module: nn.Module) -> Iterator[None]:
 class AdversarialStep(_Step):
     """The fast update: ``result = step(real, z=None)``.
 
-    - On a GPU D sees real and generated images as one batch of 2N, with statistics for each half
-      and running statistics in order: the numbers of two calls in half the launches. Where D holds
-      something that may mix samples, and on a CPU, where the halves fit the caches better, it is
+    - D sees real and generated images as one batch of 2N, with statistics for each half and running
+      statistics in order: the numbers of two calls in half the launches. Where D holds something
+      that may mix samples, and in float32 on a CPU, where the halves fit the caches better, it is
       called twice.
     - G runs once; its images serve D's update and, with D's new weights, G's.
     - D is constant while G learns: its weight gradients are not computed.
@@ -190,7 +190,7 @@ class AdversarialStep(_Step):
         real_target: below 1 for one-sided label smoothing (Salimans et al. 2016).
         amp: "auto", "off", "bf16" or "fp16" (with a gradient scaler for each optimizer).
         graph: "auto" or "off".
-        merge: one call of D for both halves: "auto" (on a GPU, where it is known to be the same),
+        merge: one call of D for both halves: "auto" (where it is known to be the same, and faster),
             True or False to force.
         generator: for z.
 
@@ -213,8 +213,9 @@ class AdversarialStep(_Step):
             if any(p.dim() == 4 for p in module.parameters()):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.merge == "auto":
-            # Two calls cost launches, one costs cache: on a CPU the larger batch is slower.
-            reason = "it runs on a CPU" if self.device.type == "cpu" else why_not_mergeable(D)
+            # Two calls transform the weights twice, one costs cache: in float32 that is more.
+            slower = self.device.type == "cpu" and self.amp == "off"
+            reason = "it runs in float32 on a CPU" if slower else why_not_mergeable(D)
             self.merge = reason is None
             if reason is not None:
                 logger.info("D is called twice a step, because %s", reason)
