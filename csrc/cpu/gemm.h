@@ -2,6 +2,7 @@
 // set multiplies bfloat16 itself, two bfloat16 that are neighbours in the sum.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/simd.h"
@@ -30,6 +31,13 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
   }
 }
 
+// A word in every lane. bfloat16 pairs of a caller's array may lie at any even address.
+inline Vec broadcast(const void* word) {
+  float value;
+  std::memcpy(&value, word, sizeof value);
+  return Vec(value);
+}
+
 // acc[i][j] += sum_k a[i * a_row + k] * b[k * b_row + j * width], a in words.
 template <bool Pairs, int Rows, int Vectors>
 inline __attribute__((always_inline)) void accumulate(Vec (&acc)[Rows][Vectors], const float* a,
@@ -46,7 +54,7 @@ inline __attribute__((always_inline)) void accumulate(Vec (&acc)[Rows][Vectors],
     for (int j = 0; j < Vectors; ++j) right[j] = load(b + j * Vec::width);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const Vec left(base[i / 3][i % 3 * a_row]);
+      const Vec left = broadcast(base[i / 3] + i % 3 * a_row);
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) {
         acc[i][j] = multiply_add<Pairs>(left, right[j], acc[i][j]);
@@ -71,7 +79,7 @@ inline __attribute__((always_inline)) void accumulate_columns(Vec (&acc)[Rows][V
     for (int j = 0; j < Vectors; ++j) right[j] = load(b + j * Vec::width);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const Vec left(a[i]);
+      const Vec left = broadcast(a + i);
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) {
         acc[i][j] = multiply_add<Pairs>(left, right[j], acc[i][j]);
