@@ -17,6 +17,10 @@ Vec dot_pairs(Vec, Vec, Vec);  // never called: for the names in branches that a
 Vec pair_up(Vec, Vec);
 #endif
 
+// Whether activations of this type are multiplied as pairs.
+template <class T>
+constexpr bool kPairs = kHasPairs && std::is_same_v<T, bfloat16>;
+
 // Rows of the widest block: what accumulators, two vectors of b and a broadcast leave room for.
 constexpr int kBlockRows = Vec::width == 16 ? 12 : 6;
 constexpr int kBlockVectors = 2;
@@ -36,6 +40,26 @@ inline Vec broadcast(const void* word) {
   float value;
   std::memcpy(&value, word, sizeof value);
   return Vec(value);
+}
+
+template <int Rows, int Vectors>
+inline __attribute__((always_inline)) void clear(Vec (&acc)[Rows][Vectors]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) acc[i][j] = Vec(0.0f);
+  }
+}
+
+// to[i * row + j * width] = acc[i][j]
+template <int Rows, int Vectors>
+inline __attribute__((always_inline)) void store_block(float* to, int64_t row,
+                                                       const Vec (&acc)[Rows][Vectors]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) store(to + i * row + j * Vec::width, acc[i][j]);
+  }
 }
 
 // acc[i][j] += sum_k a[i * a_row + k] * b[k * b_row + j * width], a in words.

@@ -25,12 +25,6 @@ constexpr int64_t kInputBytes = 3 << 19;      // of transformed input of one thr
 constexpr int64_t kGradientBytes = 10 << 20;  // of transformed maps in weight_grad
 constexpr int64_t kGradientRows = 8 * kBlockRows;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-template <class T>
-constexpr bool kPairs = kHasPairs && sizeof(T) == 2;
-
 // Floats from one row of `words` to the next: whole lines, and one more, so that the rows of a
 // block do not fall on the same lines of the cache.
 int64_t row_stride(int64_t words) { return round_up(words, kLine) + kLine; }
@@ -376,13 +370,7 @@ struct Product {
           acc, input + plane(product, segment + s) * plane_stride(), input_stride,
           panel + s * panel_stride(), kBlockColumns, words);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) {
-        store(made + i * kBlockColumns + j * Vec::width, acc[i][j]);
-      }
-    }
+    store_block(made, kBlockColumns, acc);
   }
 
   template <int Vectors>
@@ -594,18 +582,8 @@ struct Gradient {
                          });
       });
     } else {
-      transform_input_words<Line>(window_at(0), channels, row, plane);
+      transform_input<Line>(window_at(0), channels, row, plane);
     }
-  }
-
-  template <class Line>
-  static void transform_input_words(const Window<T, Line::in>& window, int64_t channels, float* row,
-                                    int64_t plane) {
-    for_each_vector(channels, [&](int64_t c, const auto& read) {
-      along_both<Line>(
-          [&](int i, int j) { return read(window.at[i][j] + c); },
-          [&](int i, int j, Vec value) { store(row + (i * Line::out + j) * plane + c, value); });
-    });
   }
 
   // A window of M x M places of the small map or of a subgrid of the big one; past the last tile
@@ -650,20 +628,10 @@ struct Gradient {
   static void multiply_rows(const float* left, int64_t left_stride, const float* right,
                             int64_t right_stride, int64_t depth, float* made) {
     Vec acc[Rows][Vectors];
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) acc[i][j] = Vec(0.0f);
-    }
+    clear(acc);
     accumulate_columns<kPairs<T>, Rows, Vectors>(acc, left, left_stride, right, right_stride,
                                                  depth);
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) {
-        store(made + i * kBlockColumns + j * Vec::width, acc[i][j]);
-      }
-    }
+    store_block(made, kBlockColumns, acc);
   }
 
   template <int Vectors>

@@ -33,13 +33,8 @@ constexpr int64_t kChunkRows = 4;         // small rows whose products are summe
 constexpr int64_t kCacheLine = 64;
 constexpr int kPoints = 3;  // products in place of the four of two outputs with two taps
 
-template <class T>
-constexpr bool kPairs = kHasPairs && std::is_same_v<T, bfloat16>;
-
 template <int Value>
 using Int = std::integral_constant<int, Value>;
-
-int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
 bool pairs(const StridedConvShape& s) { return kHasPairs && s.dtype == DType::bf16; }
 
@@ -273,13 +268,7 @@ void multiply_row(const float* small, int64_t words, int64_t pixels, const float
       }
       accumulate<Pairs>(acc, small + x * words, words, weights + block * words * kColumns, kColumns,
                         words);
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < Blocks::vectors; ++j) {
-          store(out + i * Blocks::columns + j * Vec::width, acc[i][j]);
-        }
-      }
+      store_block(out, Blocks::columns, acc);
     }
   });
 }
@@ -608,15 +597,6 @@ void add_shares(const StridedConvShape& s, const Scratch& scratch, float* shares
     for (int64_t i = 0; i < scratch.sums; i += Vec::width) {
       store(shares + i, load(shares + i) + load(sums + i));
     }
-  }
-}
-
-template <int Rows, int Vectors>
-inline void clear(Vec (&acc)[Rows][Vectors]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) acc[i][j] = Vec(0.0f);
   }
 }
 
