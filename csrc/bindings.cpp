@@ -61,7 +61,7 @@ PYBIND11_MODULE(_C, module) {
       "norm_act_forward",
       [](const pygan::NormActShape& shape, Address x, Address weight, Address bias, bool training,
          double eps, double momentum, Address running_mean, Address running_var, Address y,
-         Address mean, Address invstd, Address scratch) {
+         Address mean, Address invstd, Address coefficients, Address scratch) {
         const pygan::NormActForward args{shape,
                                          pointer<const void>(x),
                                          pointer<const float>(weight),
@@ -74,13 +74,15 @@ PYBIND11_MODULE(_C, module) {
                                          pointer<void>(y),
                                          pointer<float>(mean),
                                          pointer<float>(invstd),
+                                         pointer<float>(coefficients),
                                          pointer<double>(scratch)};
         py::gil_scoped_release release;
         raise_unless_ok(pygan::norm_act_forward(args));
       },
       py::arg("shape"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("training"),
       py::arg("eps"), py::arg("momentum"), py::arg("running_mean"), py::arg("running_var"),
-      py::arg("y"), py::arg("mean"), py::arg("invstd"), py::arg("scratch"));
+      py::arg("y"), py::arg("mean"), py::arg("invstd"), py::arg("coefficients"),
+      py::arg("scratch"));
 
   module.def(
       "norm_act_backward",
@@ -109,7 +111,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<pygan::StridedConvShape>(module, "StridedConvShape")
       .def(py::init([](int dtype, int weight_layout, int64_t batch, int64_t height, int64_t width,
                        int64_t big_height, int64_t big_width, int64_t small_channels,
-                       int64_t big_channels, int method, int threads) {
+                       int64_t big_channels, int method, int normalized, int threads) {
              return pygan::StridedConvShape{static_cast<pygan::DType>(dtype),
                                             static_cast<pygan::Layout>(weight_layout),
                                             batch,
@@ -120,11 +122,12 @@ PYBIND11_MODULE(_C, module) {
                                             small_channels,
                                             big_channels,
                                             static_cast<pygan::ConvMethod>(method),
+                                            static_cast<pygan::ConvMap>(normalized),
                                             threads};
            }),
            py::arg("dtype"), py::arg("weight_layout"), py::arg("batch"), py::arg("height"),
            py::arg("width"), py::arg("big_height"), py::arg("big_width"), py::arg("small_channels"),
-           py::arg("big_channels"), py::arg("method"), py::arg("threads"));
+           py::arg("big_channels"), py::arg("method"), py::arg("normalized"), py::arg("threads"));
 
   module.def(
       "strided_conv_method",
@@ -143,11 +146,13 @@ PYBIND11_MODULE(_C, module) {
 
   module.def(
       "strided_conv_up",
-      [](const pygan::StridedConvShape& shape, Address small, Address gate, float negative_slope,
-         Address weight, Address bias, Address big, Address scratch) {
+      [](const pygan::StridedConvShape& shape, Address small, Address gate, Address coefficients,
+         int64_t groups, float negative_slope, Address weight, Address bias, Address big,
+         Address scratch) {
         const pygan::StridedConvUp args{shape,
                                         pointer<const void>(small),
                                         pointer<const void>(gate),
+                                        {pointer<const float>(coefficients), groups},
                                         negative_slope,
                                         pointer<const float>(weight),
                                         pointer<const float>(bias),
@@ -156,15 +161,18 @@ PYBIND11_MODULE(_C, module) {
         py::gil_scoped_release release;
         raise_unless_ok(pygan::strided_conv_up(args));
       },
-      py::arg("shape"), py::arg("small"), py::arg("gate"), py::arg("negative_slope"),
-      py::arg("weight"), py::arg("bias"), py::arg("big"), py::arg("scratch"));
+      py::arg("shape"), py::arg("small"), py::arg("gate"), py::arg("coefficients"),
+      py::arg("groups"), py::arg("negative_slope"), py::arg("weight"), py::arg("bias"),
+      py::arg("big"), py::arg("scratch"));
 
   module.def(
       "strided_conv_down",
-      [](const pygan::StridedConvShape& shape, Address big, Address weight, Address bias,
-         int activation, float negative_slope, Address small, Address scratch) {
+      [](const pygan::StridedConvShape& shape, Address big, Address coefficients, int64_t groups,
+         Address weight, Address bias, int activation, float negative_slope, Address small,
+         Address scratch) {
         const pygan::StridedConvDown args{shape,
                                           pointer<const void>(big),
+                                          {pointer<const float>(coefficients), groups},
                                           pointer<const float>(weight),
                                           pointer<const float>(bias),
                                           static_cast<pygan::Activation>(activation),
@@ -174,16 +182,18 @@ PYBIND11_MODULE(_C, module) {
         py::gil_scoped_release release;
         raise_unless_ok(pygan::strided_conv_down(args));
       },
-      py::arg("shape"), py::arg("big"), py::arg("weight"), py::arg("bias"), py::arg("activation"),
-      py::arg("negative_slope"), py::arg("small"), py::arg("scratch"));
+      py::arg("shape"), py::arg("big"), py::arg("coefficients"), py::arg("groups"),
+      py::arg("weight"), py::arg("bias"), py::arg("activation"), py::arg("negative_slope"),
+      py::arg("small"), py::arg("scratch"));
 
   module.def(
       "strided_conv_weight_grad",
-      [](const pygan::StridedConvShape& shape, Address small, Address gate, float negative_slope,
-         Address big, Address dweight, Address scratch) {
+      [](const pygan::StridedConvShape& shape, Address small, Address gate, Address coefficients,
+         int64_t groups, float negative_slope, Address big, Address dweight, Address scratch) {
         const pygan::StridedConvWeightGrad args{shape,
                                                 pointer<const void>(small),
                                                 pointer<const void>(gate),
+                                                {pointer<const float>(coefficients), groups},
                                                 negative_slope,
                                                 pointer<const void>(big),
                                                 pointer<float>(dweight),
@@ -191,8 +201,9 @@ PYBIND11_MODULE(_C, module) {
         py::gil_scoped_release release;
         raise_unless_ok(pygan::strided_conv_weight_grad(args));
       },
-      py::arg("shape"), py::arg("small"), py::arg("gate"), py::arg("negative_slope"),
-      py::arg("big"), py::arg("dweight"), py::arg("scratch"));
+      py::arg("shape"), py::arg("small"), py::arg("gate"), py::arg("coefficients"),
+      py::arg("groups"), py::arg("negative_slope"), py::arg("big"), py::arg("dweight"),
+      py::arg("scratch"));
 
   module.def(
       "gan_loss",

@@ -39,6 +39,7 @@ struct NormActShape {
 // y = activation((x - mean) * invstd * weight + bias).
 // training: mean and invstd of each group are computed and written, and running_mean and
 // running_var follow group by group, in order. Otherwise they are read from mean and invstd.
+// Without y only the statistics and the coefficients are computed.
 struct NormActForward {
   NormActShape shape;
   const void* x;
@@ -48,15 +49,16 @@ struct NormActForward {
   double eps, momentum;
   float* running_mean;  // [channels] or null
   float* running_var;   // [channels] or null
-  void* y;
-  float* mean;      // [groups, channels]
-  float* invstd;    // [groups, channels]
-  double* scratch;  // norm_act_scratch(shape) elements
+  void* y;              // or null
+  float* mean;          // [groups, channels]
+  float* invstd;        // [groups, channels]
+  float* coefficients;  // [groups, 3, channels] mean, invstd * weight, bias; or null
+  double* scratch;      // norm_act_scratch(shape) elements
 };
 
 // dz = dy * activation'(z); dbias = sum dz; dweight = sum dz * xhat;
 // training: dx = weight * invstd * (dz - (dbias_g + xhat * dweight_g) / count_g) in each group g,
-// otherwise dx = weight * invstd * dz.
+// otherwise dx = weight * invstd * dz. dx may be dy.
 struct NormActBackward {
   NormActShape shape;
   const void* x;
@@ -88,10 +90,16 @@ Status norm_act_backward(const NormActBackward& args);
 // an array like small; with it every value of small counts as small * (gate > 0 ? 1 :
 // negative_slope), so that up and weight_grad go back through a ReLU (slope 0) or LeakyReLU (slope
 // not below 0) behind down, whose output is the gate.
+// A map that is `normalized` counts as max(z, negative_slope * z), z = (x - mean) * scale + shift,
+// with coefficients [groups, 3, channels] (mean, scale, shift) for as many equal runs of the batch:
+// a batch norm and the ReLU (slope 0), LeakyReLU or nothing (slope 1) behind it, without a map of
+// its own. The direct method takes small so, Winograd either; a map is not both gated and that.
 enum class ConvPass : int { up = 0, down = 1, weight_grad = 2 };
 
 // direct: few big channels; f22 and f42: Winograd with 2x2 and 4x4 outputs a tile.
 enum class ConvMethod : int { automatic = 0, none = 1, direct = 2, f22 = 3, f42 = 4 };
+
+enum class ConvMap : int { none = 0, small = 1, big = 2 };
 
 struct StridedConvShape {
   DType dtype;  // of small and big
@@ -99,13 +107,21 @@ struct StridedConvShape {
   int64_t batch, height, width, big_height, big_width;
   int64_t small_channels, big_channels;
   ConvMethod method;
+  ConvMap normalized;  // among the maps that the pass reads
   int threads;
+};
+
+// What turns a normalized map's values into those that count; all null or 0 without one.
+struct ConvNorm {
+  const float* coefficients;
+  int64_t groups;
 };
 
 struct StridedConvUp {
   StridedConvShape shape;
   const void* small;
   const void* gate;  // or null
+  ConvNorm norm;
   float negative_slope;
   const float* weight;
   const float* bias;  // [big_channels] or null
@@ -116,10 +132,11 @@ struct StridedConvUp {
 struct StridedConvDown {
   StridedConvShape shape;
   const void* big;
+  ConvNorm norm;
   const float* weight;
   const float* bias;      // [small_channels] or null
   Activation activation;  // none, relu or leaky_relu
-  float negative_slope;
+  float negative_slope;   // of the activation, or of the norm
   void* small;
   void* scratch;
 };
@@ -128,6 +145,7 @@ struct StridedConvWeightGrad {
   StridedConvShape shape;
   const void* small;
   const void* gate;  // or null
+  ConvNorm norm;
   float negative_slope;
   const void* big;
   float* dweight;

@@ -28,6 +28,7 @@ def norm_act_forward(
     y: int,
     mean: int,
     invstd: int,
+    coefficients: int,
     scratch: int,
 ) -> None: ...
 def norm_act_backward(
@@ -58,6 +59,7 @@ class StridedConvShape:
         small_channels: int,
         big_channels: int,
         method: int,
+        normalized: int,
         threads: int,
     ) -> None: ...
 
@@ -67,6 +69,8 @@ def strided_conv_up(
     shape: StridedConvShape,
     small: int,
     gate: int,
+    coefficients: int,
+    groups: int,
     negative_slope: float,
     weight: int,
     bias: int,
@@ -76,6 +80,8 @@ def strided_conv_up(
 def strided_conv_down(
     shape: StridedConvShape,
     big: int,
+    coefficients: int,
+    groups: int,
     weight: int,
     bias: int,
     activation: int,
@@ -87,6 +93,8 @@ def strided_conv_weight_grad(
     shape: StridedConvShape,
     small: int,
     gate: int,
+    coefficients: int,
+    groups: int,
     negative_slope: float,
     big: int,
     dweight: int,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from pygan.errors import UserError
-from pygan.ops.norm_act import current_groups, norm_act
+from pygan.ops.norm_act import Settings, current_groups, norm_act
+from pygan.ops.norm_conv import Conv, norm_conv
 from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -158,8 +159,27 @@ def _convolution_layer(layer: nn.Module, activation: nn.Module | None, x: Tensor
     )
 
 
-def _norm_act_layers(norm: nn.Module, activation: nn.Module | None, x: Tensor) -> Tensor:
-    """What ``activation(norm(x))`` computes, ``num_batches_tracked`` and all."""
+def _strided(layer: nn.Module, activation: nn.Module | None) -> Conv | None:
+    """The convolution as an operation, where it is 4x4 of stride 2."""
+    assert isinstance(layer, CONVOLUTIONS)
+    if not _is_strided(layer):
+        return None
+    if isinstance(layer, nn.ConvTranspose2d):
+        return Conv("up", layer.weight, layer.bias, layer.output_padding)
+    return Conv(
+        "down",
+        layer.weight,
+        layer.bias,
+        activation="none" if activation is None else ACTIVATIONS[type(activation)],
+        negative_slope=getattr(activation, "negative_slope", 0.0),
+    )
+
+
+def _norm_act_layers(
+    norm: nn.Module, activation: nn.Module | None, x: Tensor, conv: Conv | None = None
+) -> Tensor:
+    """What ``activation(norm(x))`` computes, ``num_batches_tracked`` and all, and behind it
+    ``conv``."""
     assert isinstance(norm, BATCH_NORMS)
     norm._check_input_dim(x)
     by_batch = norm.training or norm.running_mean is None
@@ -169,9 +189,9 @@ def _norm_act_layers(norm: nn.Module, activation: nn.Module | None, x: Tensor) -
         # A cumulative average has another momentum for each group.
         parts = x.chunk(groups)
         return torch.cat(
-            [_one_group(norm, activation, part, by_batch, tracked, 1) for part in parts]
+            [_one_group(norm, activation, part, by_batch, tracked, 1, conv) for part in parts]
         )
-    return _one_group(norm, activation, x, by_batch, tracked, groups)
+    return _one_group(norm, activation, x, by_batch, tracked, groups, conv)
 
 
 def _one_group(
@@ -181,6 +201,7 @@ def _one_group(
     by_batch: bool,
     tracked: bool,
     groups: int,
+    conv: Conv | None,
 ) -> Tensor:
     assert isinstance(norm, BATCH_NORMS)
     momentum = norm.momentum
@@ -189,24 +210,24 @@ def _one_group(
         if momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
     follows = tracked or not by_batch
-    return norm_act(
-        x,
-        norm.running_mean if follows else None,
-        norm.running_var if follows else None,
-        norm.weight,
-        norm.bias,
+    running = (norm.running_mean, norm.running_var) if follows else (None, None)
+    settings = Settings(
         by_batch,
         0.0 if momentum is None else momentum,
         norm.eps,
-        activation="none" if activation is None else ACTIVATIONS[type(activation)],
-        negative_slope=getattr(activation, "negative_slope", 0.0),
-        groups=groups,
+        "none" if activation is None else ACTIVATIONS[type(activation)],
+        getattr(activation, "negative_slope", 0.0),
+        groups,
     )
+    if conv is not None:
+        return norm_conv(x, *running, norm.weight, norm.bias, settings, conv)
+    return norm_act(x, *running, norm.weight, norm.bias, **settings._asdict())
 
 
 class FusedSequential(nn.Sequential):
-    """A ``nn.Sequential`` that runs each batch norm with the activation behind it, and
-    convolutions that pygan has a faster form of by that, those of images with theirs.
+    """A ``nn.Sequential`` that runs each batch norm with the activation behind it, and with a
+    strided convolution behind both, and convolutions that pygan has a faster form of by that,
+    those of images with theirs.
 
     Hooks are looked for at every call, so one that is added later is honoured. While something
     traces or compiles the module it is a plain ``nn.Sequential``.
@@ -217,9 +238,17 @@ class FusedSequential(nn.Sequential):
         if traced or type(input) is not Tensor or _globally_hooked():
             return super().forward(input)
         layers = list(self._modules.values())
-        for i, kind, activation in _runs(layers):
+        runs = list(_runs(layers))
+        done = -1
+        for at, (i, kind, activation) in enumerate(runs):
+            if at == done:
+                continue
             if kind == "norm":
-                input = _norm_act_layers(layers[i], activation, input)
+                conv = None
+                if at + 1 < len(runs) and runs[at + 1][1] == "convolution":
+                    conv = _strided(layers[runs[at + 1][0]], runs[at + 1][2])
+                input = _norm_act_layers(layers[i], activation, input, conv)
+                done = -1 if conv is None else at + 1
             elif kind == "convolution":
                 input = _convolution_layer(layers[i], activation, input)
             else:

@@ -75,7 +75,7 @@ Status check(const StridedConvShape& s) {
   }
   if (s.dtype < DType::f32 || s.dtype > DType::bf16 || s.weight_layout < Layout::channels_last ||
       s.weight_layout > Layout::contiguous || s.method < ConvMethod::automatic ||
-      s.method > ConvMethod::f42) {
+      s.method > ConvMethod::f42 || s.normalized < ConvMap::none || s.normalized > ConvMap::big) {
     return Status::bad_enum;
   }
   return Status::ok;
@@ -83,6 +83,24 @@ Status check(const StridedConvShape& s) {
 
 bool empty(const StridedConvShape& s) {
   return s.batch * s.height * s.width * s.small_channels * s.big_channels == 0;
+}
+
+bool reads(const StridedConvShape& s, ConvPass pass) {
+  switch (s.normalized) {
+    case ConvMap::none:
+      return true;
+    case ConvMap::small:
+      return pass != ConvPass::down;
+    case ConvMap::big:
+      return pass != ConvPass::up;
+  }
+  return false;
+}
+
+// A normalized map has coefficients, for groups that divide the batch, and no other one has.
+bool whole(const ConvNorm& norm, const StridedConvShape& s) {
+  if (s.normalized == ConvMap::none) return !norm.coefficients;
+  return norm.coefficients && norm.groups >= 1 && s.batch % norm.groups == 0;
 }
 
 bool only_direct(const StridedConvUp& args) { return args.gate; }
@@ -94,11 +112,14 @@ template <class Args>
 Status run(Args args, ConvPass pass, void (*kernel)(const Args&), bool pointers) {
   if (const Status status = check(args.shape); status != Status::ok) return status;
   if (empty(args.shape)) return Status::bad_size;
-  if (!pointers || !args.scratch) return Status::bad_pointer;
+  if (!pointers || !args.scratch || !whole(args.norm, args.shape)) return Status::bad_pointer;
   if (!kernel) return Status::no_kernels;
   args.shape.method = strided_conv_method(args.shape, pass);
   if (args.shape.method == ConvMethod::none) return Status::no_method;
-  if (args.shape.method != ConvMethod::direct && only_direct(args)) return Status::no_method;
+  const bool normalized = args.shape.normalized != ConvMap::none;
+  if (only_direct(args) && (normalized || args.shape.method != ConvMethod::direct)) {
+    return Status::no_method;
+  }
   kernel(args);
   return Status::ok;
 }
@@ -145,7 +166,7 @@ int64_t norm_act_scratch(const NormActShape& s) {
 Status norm_act_forward(const NormActForward& args) {
   if (const Status status = check(args.shape); status != Status::ok) return status;
   if (empty(args.shape)) return Status::ok;
-  if (!args.x || !args.y || !args.mean || !args.invstd || !args.scratch) {
+  if (!args.x || !(args.y || args.coefficients) || !args.mean || !args.invstd || !args.scratch) {
     return Status::bad_pointer;
   }
   if (!kernels.norm_act_forward) return Status::no_kernels;
@@ -195,7 +216,8 @@ Status image_batch(const ImageBatch& args) {
 }
 
 ConvMethod strided_conv_method(const StridedConvShape& shape, ConvPass pass) {
-  const bool known = check(shape) == Status::ok && !empty(shape) && kernels.strided_conv_method;
+  const bool known = check(shape) == Status::ok && !empty(shape) && reads(shape, pass) &&
+                     kernels.strided_conv_method;
   return known ? kernels.strided_conv_method(shape, pass) : ConvMethod::none;
 }
 

@@ -108,17 +108,25 @@ struct Affine {
   Vec centre, scale, shift, slope;
 };
 
-// scale and shift of every channel of every group, [groups][2][channels].
+// scale and shift of every channel of every group, [channels] each, `stride` from group to group.
 template <class Args>
-void fill_maps(const Args& args, float* maps) {
+void fill_maps(const Args& args, float* maps, int64_t stride) {
   const int64_t C = args.shape.channels;
   for (int64_t g = 0; g < args.shape.groups; ++g) {
-    float* scale = maps + g * 2 * C;
+    float* scale = maps + g * stride;
     for (int64_t c = 0; c < C; ++c) {
       scale[c] = args.invstd[g * C + c] * (args.weight ? args.weight[c] : 1.0f);
       scale[C + c] = args.bias ? args.bias[c] : 0.0f;
     }
   }
+}
+
+void fill_coefficients(const NormActForward& args) {
+  const int64_t C = args.shape.channels;
+  for (int64_t g = 0; g < args.shape.groups; ++g) {
+    std::copy_n(args.mean + g * C, C, args.coefficients + g * 3 * C);
+  }
+  fill_maps(args, args.coefficients + C, 3 * C);
 }
 
 template <class Args>
@@ -300,8 +308,10 @@ void forward_channels_last(const NormActForward& args) {
       from_shifted(count, args.mean[g * C + c], mean, square);
     });
   }
+  if (args.coefficients) fill_coefficients(args);
+  if (!y) return;
   float* maps = behind_sums(s, args.scratch);
-  fill_maps(args, maps);
+  fill_maps(args, maps, 2 * C);
   const Vec slope(s.negative_slope);
   with_activation(s.activation, [&](auto chosen) {
     for_each_block(s, [&](int64_t row, int64_t rows, int64_t, int64_t g) {
@@ -325,7 +335,7 @@ void backward_channels_last(const NormActBackward& args) {
   float* maps = behind_sums(s, args.scratch);
   float* offset = maps + s.groups * 2 * C;
   float* tilt = offset + s.groups * C;
-  fill_maps(args, maps);
+  fill_maps(args, maps, 2 * C);
   const Vec slope(s.negative_slope);
   with_activation(s.activation, [&](auto chosen) {
     constexpr Activation A = decltype(chosen)::value;
@@ -457,7 +467,7 @@ void forward_contiguous(const NormActForward& args) {
             static_cast<float>(1.0 / std::sqrt(moments[1] / count + args.eps));
       }
       const Affine map = affine_of_channel(args, g, c);
-      for (int64_t n = 0; n < planes; ++n) {
+      for (int64_t n = 0; y && n < planes; ++n) {
         for_each_vector(s.spatial, [&](int64_t j, auto lanes) {
           const int64_t here = at + n * stride + j;
           lanes.put(y + here, forward_value<decltype(chosen)::value>(lanes.get(x + here), map));
@@ -465,11 +475,13 @@ void forward_contiguous(const NormActForward& args) {
       }
     });
   });
-  if (!args.training) return;
-  finish_statistics(args, count, [&](int64_t g, int64_t c, double& mean, double& square) {
-    mean = args.scratch[(g * s.channels + c) * 2];
-    square = args.scratch[(g * s.channels + c) * 2 + 1];
-  });
+  if (args.training) {
+    finish_statistics(args, count, [&](int64_t g, int64_t c, double& mean, double& square) {
+      mean = args.scratch[(g * s.channels + c) * 2];
+      square = args.scratch[(g * s.channels + c) * 2 + 1];
+    });
+  }
+  if (args.coefficients) fill_coefficients(args);
 }
 
 template <class T>

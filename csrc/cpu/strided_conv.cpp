@@ -74,17 +74,32 @@ struct Tiles {
   }
 };
 
-// Addresses of a square of pixels, `step` apart; outside the map they point to zeros.
+// A map that a pass reads, and a pixel of zeros for what lies around it.
+template <class T>
+struct Operand {
+  const T* values;
+  Map map;
+  MapNorm norm;
+  const T* zeros;
+};
+
+// Addresses of a square of pixels of an image, `step` apart; outside the map they point to zeros.
 template <class T, int Size>
 struct Window {
   const T* at[Size][Size];
+  const T* zeros;
+  const MapNorm& norm;
+  const float* coefficients;  // of the image, null where its values count as they are
 
-  Window(const T* image, const Map& map, int64_t y, int64_t x, int step, const T* zeros) {
+  Window(const Operand<T>& from, int64_t image, int64_t y, int64_t x, int step)
+      : zeros(from.zeros), norm(from.norm), coefficients(from.norm.of_image(image)) {
+    const Map& map = from.map;
+    const T* first = from.values + image * map.height * map.width * map.channels;
     for (int i = 0; i < Size; ++i) {
       for (int j = 0; j < Size; ++j) {
         const int64_t row = y + i * step, column = x + j * step;
         const bool inside = row >= 0 && row < map.height && column >= 0 && column < map.width;
-        at[i][j] = inside ? image + (row * map.width + column) * map.channels : zeros;
+        at[i][j] = inside ? first + (row * map.width + column) * map.channels : zeros;
       }
     }
   }
@@ -93,15 +108,16 @@ struct Window {
 // Asks for the pixels that the tile after the next brings: its windows jump between rows of the
 // map, which the hardware does not follow.
 template <class T>
-void prefetch_tile(const T* map, const Map& of, const Tiles& tiles, int64_t tile, int64_t size) {
+void prefetch_tile(const Operand<T>& from, const Tiles& tiles, int64_t tile, int64_t size) {
   tile += 2;
   if (tile >= tiles.count) return;
   const Tiles::Place at = tiles.place(tile);
+  const Map& of = from.map;
   const int64_t width = std::min(size, of.width - at.x * size);
   const int64_t height = std::min(size, of.height - at.y * size);
   for (int64_t i = 0; i < height; ++i) {
     const int64_t pixel = (at.image * of.height + at.y * size + i) * of.width + at.x * size;
-    const char* first = reinterpret_cast<const char*>(map + pixel * of.channels);
+    const char* first = reinterpret_cast<const char*>(from.values + pixel * of.channels);
     const int64_t bytes = width * of.channels * static_cast<int64_t>(sizeof(T));
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(first + b);
   }
@@ -120,20 +136,37 @@ inline void for_each_vector(int64_t channels, const Body& body) {
   }
 }
 
+// Applies Line to a vector of channels of a window: store(i, j, value).
+template <class Line, class T, class Read, class Store>
+inline __attribute__((always_inline)) void transform_window(const Window<T, Line::in>& window,
+                                                            int64_t c, const Read& read,
+                                                            const Store& store) {
+  if (!window.coefficients) {
+    along_both<Line>([&](int i, int j) { return read(window.at[i][j] + c); }, store);
+    return;
+  }
+  const ChannelNorm norm = window.norm.at(window.coefficients, c, read);
+  along_both<Line>(
+      [&](int i, int j) {
+        const T* pixel = window.at[i][j];
+        return pixel == window.zeros ? Vec(0.0f) : norm(read(pixel + c));
+      },
+      store);
+}
+
 // Transforms one window into a row of every plane, as words of neighbouring channels.
 template <class Line, class T>
 void transform_input(const Window<T, Line::in>& window, int64_t channels, float* row,
                      int64_t plane) {
   for_each_vector(channels, [&](int64_t c, const auto& read) {
-    along_both<Line>([&](int i, int j) { return read(window.at[i][j] + c); },
-                     [&](int i, int j, Vec value) {
-                       float* to = row + (i * Line::out + j) * plane;
-                       if constexpr (kPairs<T>) {
-                         store(reinterpret_cast<T*>(to) + c, value);
-                       } else {
-                         store(to + c, value);
-                       }
-                     });
+    transform_window<Line>(window, c, read, [&](int i, int j, Vec value) {
+      float* to = row + (i * Line::out + j) * plane;
+      if constexpr (kPairs<T>) {
+        store(reinterpret_cast<T*>(to) + c, value);
+      } else {
+        store(to + c, value);
+      }
+    });
   });
 }
 
@@ -329,23 +362,22 @@ struct Product {
     }
   }
 
-  void transform_rows(const T* input, int pass, int64_t row, int64_t rows, const T* zeros,
+  void transform_rows(const Operand<T>& input, int pass, int64_t row, int64_t rows,
                       float* planes_out) const {
     using Line = std::conditional_t<both_phases, BothPhases, typename Winograd<M>::Input>;
     const int64_t plane_size = plane_stride();
     for (int64_t r = 0; r < rows; ++r) {
       const Tiles::Place at = tiles.place(row + r);
-      const T* image = input + at.image * from.height * from.width * from.channels;
       float* to_row = planes_out + r * input_stride;
-      prefetch_tile(input, from, tiles, row + r, Up ? M : 2 * M);
+      prefetch_tile(input, tiles, row + r, Up ? M : 2 * M);
       if constexpr (Up) {
         const int64_t y = M * at.y - 1 + pass / 2, x = M * at.x - 1 + pass % 2;
-        const Window<T, Line::in> window(image, from, y, x, 1, zeros);
+        const Window<T, Line::in> window(input, at.image, y, x, 1);
         transform_input<Line>(window, from.channels, to_row, plane_size);
       } else {
         for (int set = 0; set < 4; ++set) {
           const int64_t y = 2 * M * at.y - 1 + set / 2, x = 2 * M * at.x - 1 + set % 2;
-          const Window<T, Line::in> window(image, from, y, x, 2, zeros);
+          const Window<T, Line::in> window(input, at.image, y, x, 2);
           transform_input<Line>(window, from.channels, to_row + set * squares * plane_size,
                                 plane_size);
         }
@@ -438,10 +470,12 @@ struct Product {
     }
   }
 
-  void run(const T* input, const float* weight, const float* bias, T* output, void* scratch) const {
+  void run(const T* values, const MapNorm& norm, const float* weight, const float* bias, T* output,
+           void* scratch) const {
     Scratch pieces(scratch);
     const Buffers buffers = carve(pieces);
     std::memset(buffers.zeros, 0, static_cast<size_t>(from.channels) * sizeof(float));
+    const Operand<T> input{values, from, norm, reinterpret_cast<const T*>(buffers.zeros)};
     if (by_columns) {
       for (int pass = 0; pass < passes; ++pass) {
         share_columns(input, weight, bias, output, buffers, pass);
@@ -455,11 +489,10 @@ struct Product {
     }
   }
 
-  void share_columns(const T* input, const float* weight, const float* bias, T* output,
+  void share_columns(const Operand<T>& input, const float* weight, const float* bias, T* output,
                      const Buffers& buffers, int pass) const {
-    const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
     parallel_for(shape.threads, tiles.count, [&](int64_t row) {
-      transform_rows(input, pass, row, 1, zeros, buffers.planes + row * input_stride);
+      transform_rows(input, pass, row, 1, buffers.planes + row * input_stride);
     });
     parallel_for(shape.threads, threads, [&](int64_t thread) {
       float* panels = buffers.weight + thread * column_floats();
@@ -483,9 +516,8 @@ struct Product {
   }
 
   // For the passes from `pass_from` and the columns from `first` on that are held.
-  void share_rows(const T* input, const float* weight, const float* bias, T* output,
+  void share_rows(const Operand<T>& input, const float* weight, const float* bias, T* output,
                   const Buffers& buffers, int pass_from, int64_t first) const {
-    const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
     const int64_t group = std::min(columns_at_once, columns - first);
     const int64_t weight_blocks = ceil_div(from.channels, Vec::width);
     parallel_for(shape.threads, together * group * weight_blocks, [&](int64_t item) {
@@ -504,7 +536,7 @@ struct Product {
         for (int p = 0; p < together; ++p) {
           const int pass = pass_from + p;
           const float* panels = buffers.weight + p * group * column_floats();
-          transform_rows(input, pass, row, rows, zeros, planes_in);
+          transform_rows(input, pass, row, rows, planes_in);
           for (int64_t c = group * share / column_shares; c < group * (share + 1) / column_shares;
                ++c) {
             multiply_column(planes_in, panels + c * column_floats(), rows, first + c, 0, made);
@@ -573,13 +605,12 @@ struct Gradient {
       const auto first = window_at(0), second = window_at(1);
       for_each_vector(channels, [&](int64_t c, const auto& read) {
         Vec even[Line::out * Line::out];
-        along_both<Line>([&](int i, int j) { return read(first.at[i][j] + c); },
-                         [&](int i, int j, Vec value) { even[i * Line::out + j] = value; });
-        along_both<Line>([&](int i, int j) { return read(second.at[i][j] + c); },
-                         [&](int i, int j, Vec value) {
-                           const int square = i * Line::out + j;
-                           store(row + square * plane + c, pair_up(even[square], value));
-                         });
+        transform_window<Line>(first, c, read,
+                               [&](int i, int j, Vec value) { even[i * Line::out + j] = value; });
+        transform_window<Line>(second, c, read, [&](int i, int j, Vec value) {
+          const int square = i * Line::out + j;
+          store(row + square * plane + c, pair_up(even[square], value));
+        });
       });
     } else {
       transform_input<Line>(window_at(0), channels, row, plane);
@@ -589,37 +620,28 @@ struct Gradient {
   // A window of M x M places of the small map or of a subgrid of the big one; past the last tile
   // all zeros.
   template <int Size>
-  Window<T, Size> window(const T* map, const Map& of, int64_t tile, int64_t origin_y,
-                         int64_t origin_x, int step, const T* zeros) const {
+  Window<T, Size> window(const Operand<T>& from, int64_t tile, int64_t origin_y, int64_t origin_x,
+                         int step) const {
     const bool inside = tile < tiles.count;
     const Tiles::Place at = tiles.place(inside ? tile : 0);
-    const int64_t y = inside ? step * M * at.y + origin_y : of.height + Size * step;
-    return {map + at.image * of.height * of.width * of.channels,
-            of,
-            y,
-            step * M * at.x + origin_x,
-            step,
-            zeros};
+    const int64_t y = inside ? step * M * at.y + origin_y : from.map.height + Size * step;
+    return {from, at.image, y, step * M * at.x + origin_x, step};
   }
 
-  void transform(const T* small_in, const T* big_in, int64_t first, int64_t word,
+  void transform(const Operand<T>& small_in, const Operand<T>& big_in, int64_t first, int64_t word,
                  const Buffers& buffers) const {
-    const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
     const int64_t tile = (first + word) * per_word;
     for (int i = 0; i < per_word; ++i) {
-      prefetch_tile(small_in, small, tiles, tile + i + per_word - 1, M);
-      prefetch_tile(big_in, big, tiles, tile + i + per_word - 1, 2 * M);
+      prefetch_tile(small_in, tiles, tile + i + per_word - 1, M);
+      prefetch_tile(big_in, tiles, tile + i + per_word - 1, 2 * M);
     }
     using Grad = typename Winograd<M>::OutputGrad;
-    transform_word<Grad>(
-        [&](int i) { return window<Grad::in>(small_in, small, tile + i, 0, 0, 1, zeros); },
-        small.channels, buffers.small + word * small_stride, small_plane());
+    transform_word<Grad>([&](int i) { return window<Grad::in>(small_in, tile + i, 0, 0, 1); },
+                         small.channels, buffers.small + word * small_stride, small_plane());
     using Line = typename Winograd<M>::Input;
     for (int set = 0; set < 4; ++set) {
       transform_word<Line>(
-          [&](int i) {
-            return window<Line::in>(big_in, big, tile + i, set / 2 - 1, set % 2 - 1, 2, zeros);
-          },
+          [&](int i) { return window<Line::in>(big_in, tile + i, set / 2 - 1, set % 2 - 1, 2); },
           big.channels, buffers.big + set * squares * big_plane() + word * big_stride, big_plane());
     }
   }
@@ -676,11 +698,16 @@ struct Gradient {
     }
   }
 
-  void run(const T* small_in, const T* big_in, float* dweight, void* scratch) const {
+  void run(const T* small_values, const T* big_values, const MapNorm& norm, float* dweight,
+           void* scratch) const {
     Scratch pieces(scratch);
     const Buffers buffers = carve(pieces);
     const int64_t A = small.channels, B = big.channels;
     std::memset(buffers.zeros, 0, static_cast<size_t>(std::max(A, B)) * sizeof(float));
+    const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
+    const bool norm_of_small = shape.normalized == ConvMap::small;
+    const Operand<T> small_in{small_values, small, norm_of_small ? norm : MapNorm(), zeros};
+    const Operand<T> big_in{big_values, big, norm_of_small ? MapNorm() : norm, zeros};
     const bool aside = shape.weight_layout != Layout::channels_last;
     float* sums = aside ? buffers.dweight : dweight;
     const int64_t all = ceil_div(tiles.count, per_word);
@@ -772,30 +799,33 @@ int64_t strided_conv_scratch(const StridedConvShape& s, ConvPass pass) {
 
 void strided_conv_up(const StridedConvUp& args) {
   if (args.shape.method == ConvMethod::direct) return direct_up(args);
+  const MapNorm norm = norm_of(args);
   with_type_and_tile(args.shape, [&](auto type, auto tile) {
     using T = decltype(type);
     Product<T, decltype(tile)::value, true>(args.shape)
-        .run(static_cast<const T*>(args.small), args.weight, args.bias, static_cast<T*>(args.big),
-             args.scratch);
+        .run(static_cast<const T*>(args.small), norm, args.weight, args.bias,
+             static_cast<T*>(args.big), args.scratch);
   });
 }
 
 void strided_conv_down(const StridedConvDown& args) {
   if (args.shape.method == ConvMethod::direct) return direct_down(args);
+  const MapNorm norm = norm_of(args);
   with_type_and_tile(args.shape, [&](auto type, auto tile) {
     using T = decltype(type);
     Product<T, decltype(tile)::value, false>(args.shape)
-        .run(static_cast<const T*>(args.big), args.weight, args.bias, static_cast<T*>(args.small),
-             args.scratch);
+        .run(static_cast<const T*>(args.big), norm, args.weight, args.bias,
+             static_cast<T*>(args.small), args.scratch);
   });
 }
 
 void strided_conv_weight_grad(const StridedConvWeightGrad& args) {
   if (args.shape.method == ConvMethod::direct) return direct_weight_grad(args);
+  const MapNorm norm = norm_of(args);
   with_type_and_tile(args.shape, [&](auto type, auto tile) {
     using T = decltype(type);
     Gradient<T, decltype(tile)::value>(args.shape)
-        .run(static_cast<const T*>(args.small), static_cast<const T*>(args.big), args.dweight,
+        .run(static_cast<const T*>(args.small), static_cast<const T*>(args.big), norm, args.dweight,
              args.scratch);
   });
 }

@@ -126,6 +126,11 @@ void widen_row(const T* from, int64_t count, float* to) {
   if (rest > 0) store(to + i, load(from + i, rest), rest);
 }
 
+template <class T>
+inline void store_lanes(T* to, Vec value, int lanes) {
+  lanes == Vec::width ? store(to, value) : store(to, value, lanes);
+}
+
 // Into the second-level cache: the first is full of what is used over and over.
 inline void prefetch(const void* from, int64_t bytes) {
   const char* line = static_cast<const char*>(from);
@@ -134,7 +139,7 @@ inline void prefetch(const void* from, int64_t bytes) {
   }
 }
 
-// The small map as it counts. Where there is a gate, a copy of it is multiplied.
+// The small map as it counts. Where it has a gate or is normalized, a copy of it is multiplied.
 template <class T>
 class Small {
  public:
@@ -142,14 +147,23 @@ class Small {
   explicit Small(const Args& args)
       : values_(static_cast<const T*>(args.small)),
         gate_(static_cast<const T*>(args.gate)),
+        norm_(norm_of(args)),
+        channels_(args.shape.small_channels),
+        image_(args.shape.height * args.shape.width * channels_),
         slope_(args.negative_slope) {}
 
-  bool gated() const { return gate_; }
+  bool as_it_is() const { return !gate_ && !norm_; }
   const T* values() const { return values_; }
 
-  Vec gated(int64_t i) const { return gated(load(values_ + i), load(gate_ + i)); }
-  Vec gated(int64_t i, int lanes) const {
-    return gated(load(values_ + i, lanes), load(gate_ + i, lanes));
+  // Channels from `a` on of the pixel that begins at value `pixel`, of an image with this norm.
+  const float* norm_at(int64_t pixel) const { return norm_.of_image(pixel / image_); }
+  Vec value(const float* norm, int64_t pixel, int64_t a, int lanes) const {
+    const auto read = [lanes](const auto* p) {
+      return lanes == Vec::width ? load(p) : load(p, lanes);
+    };
+    const Vec value = read(values_ + pixel + a);
+    if (norm) return norm_.at(norm, a, read)(value);
+    return if_positive(read(gate_ + pixel + a), value, value * slope_);
   }
 
   void prefetch(int64_t i, int64_t count) const {
@@ -158,10 +172,10 @@ class Small {
     if (gate_) PYGAN_ISA_NS::prefetch(gate_ + i, bytes);
   }
 
-  // Values i to i + count, rounded to T where To is.
+  // Whole pixels of an image, `count` values from i on, rounded to T where To is.
   template <class To>
   void copy(int64_t i, int64_t count, To* to) const {
-    if (!gate_) {
+    if (as_it_is()) {
       if constexpr (std::is_same_v<To, float>) {
         widen_row(values_ + i, count, to);
       } else {
@@ -169,24 +183,22 @@ class Small {
       }
       return;
     }
-    int64_t k = 0;
-    for (; k + Vec::width <= count; k += Vec::width) store(to + k, gated(i + k));
-    const int rest = static_cast<int>(count - k);
-    if (rest > 0) store(to + k, gated(i + k, rest), rest);
+    const float* norm = norm_at(i);
+    for (int64_t k = 0; k < count; k += channels_) {
+      for (int64_t a = 0; a < channels_; a += Vec::width) {
+        const int lanes = static_cast<int>(std::min<int64_t>(Vec::width, channels_ - a));
+        store_lanes(to + k + a, value(norm, i + k, a, lanes), lanes);
+      }
+    }
   }
 
  private:
-  Vec gated(Vec value, Vec gate) const { return if_positive(gate, value, value * slope_); }
-
   const T* values_;
   const T* gate_;
+  MapNorm norm_;
+  int64_t channels_, image_;
   Vec slope_;
 };
-
-template <class T>
-inline void store_lanes(T* to, Vec value, int lanes) {
-  lanes == Vec::width ? store(to, value) : store(to, value, lanes);
-}
 
 // Cuts rows into blocks of at most Most steps: body(first row, number of rows as a type).
 // The last block may reach beyond the end.
@@ -318,7 +330,7 @@ void up(const StridedConvUp& args) {
   // Rows are multiplied where they lie, if they consist of whole words and whole blocks.
   const Small<T> small(args);
   const bool in_place =
-      !small.gated() && (std::is_same_v<T, float> || (kPair && A % 2 == 0)) && W % kRowStep == 0;
+      small.as_it_is() && (std::is_same_v<T, float> || (kPair && A % 2 == 0)) && W % kRowStep == 0;
   for_each_share(s, small_rows(s), [&](int64_t share, int64_t begin, int64_t end) {
     float* sums = shares + share * scratch.share();
     float* line = sums + scratch.sums;
@@ -645,16 +657,17 @@ void weight_grad_by_rows(const StridedConvWeightGrad& args) {
         for (int64_t k = 0; k < depth * 4 * B; ++k) to[k] = word(values[k], values[k + 2 * B]);
         for (int64_t k = W / 2 * 4 * B; k < depth * 4 * B; ++k) to[k] = word(values[k], {});
       }
+      const float* norm = small.norm_at(first);
       for (int64_t k = 0; k < count * depth; ++k) {
         const int64_t x = k % depth * 2;
         const int64_t pixel = first + (k / depth * W + x) * A;
         const bfloat16* values = small.values() + pixel;
         float* to = right + k * channels;
-        if (small.gated()) {
+        if (!small.as_it_is()) {
           for (int64_t a = 0; a < A; a += Vec::width) {
             const int lanes = static_cast<int>(std::min<int64_t>(Vec::width, A - a));
-            const Vec second = x + 1 < W ? small.gated(pixel + A + a, lanes) : Vec(0.0f);
-            store(to + a, pair_up(small.gated(pixel + a, lanes), second));
+            const Vec second = x + 1 < W ? small.value(norm, pixel + A, a, lanes) : Vec(0.0f);
+            store(to + a, pair_up(small.value(norm, pixel, a, lanes), second));
           }
         } else if (x + 1 < W) {
           for (int64_t a = 0; a < A; ++a) to[a] = word(values[a], values[A + a]);
@@ -726,7 +739,7 @@ void weight_grad_by_tiles(const StridedConvWeightGrad& args) {
       for (int64_t r = 0; r < count; ++r) {
         fill_tile_lines(s, image, y + 2 * r, lines + r * 4 * kPoints * line);
       }
-      const bool in_place = !small.gated() && std::is_same_v<T, float> && A % Vec::width == 0 &&
+      const bool in_place = small.as_it_is() && std::is_same_v<T, float> && A % Vec::width == 0 &&
                             W % 2 == 0 && y + 2 * count <= H;
       const float* right = reinterpret_cast<const float*>(small.values() + first);
       int64_t next = first + 2 * count * W * A;
@@ -820,7 +833,8 @@ void with_big_channels(const StridedConvShape& s, const Body& body) {
 }  // namespace
 
 bool direct_takes(const StridedConvShape& s, ConvPass) {
-  return s.big_channels <= kMostBigChannels && s.small_channels <= kMostSmallChannels;
+  return s.big_channels <= kMostBigChannels && s.small_channels <= kMostSmallChannels &&
+         s.normalized != ConvMap::big;
 }
 
 int64_t direct_scratch(const StridedConvShape& s, ConvPass pass) {

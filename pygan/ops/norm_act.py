@@ -96,7 +96,7 @@ def norm_act_ref(
     return activate(z[0] if len(z) == 1 else torch.cat(z), activation, negative_slope)
 
 
-def _supports_cpu(x: Tensor, *parameters: Tensor | None) -> str | None:
+def supports_cpu(x: Tensor, *parameters: Tensor | None) -> str | None:
     for parameter in parameters:
         if parameter is None:
             continue
@@ -142,10 +142,52 @@ def _cpu_forward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """y, and mean and invstd as ``[2, groups, C]``."""
-    module = native.load()
-    assert module is not None
     x, layout = _dense(x)
     y = torch.empty_like(x)
+    statistics = _run_forward(
+        x, layout, weight, bias, running_mean, running_var, settings, y=y.data_ptr()
+    )
+    return y, statistics
+
+
+def cpu_statistics(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """Mean and invstd as ``[2, groups, C]``, and as ``[groups, 3, C]`` what turns a channels_last
+    x into z: mean, scale and shift. Running statistics follow as ever."""
+    coefficients = torch.empty((settings.groups, 3, x.shape[1]))
+    statistics = _run_forward(
+        x,
+        0,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        settings,
+        coefficients=coefficients.data_ptr(),
+    )
+    return statistics, coefficients
+
+
+def _run_forward(
+    x: Tensor,
+    layout: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Settings,
+    *,
+    y: int = 0,
+    coefficients: int = 0,
+) -> Tensor:
+    module = native.load()
+    assert module is not None
     shape = _shape(module, x, layout, settings)
     training, address = settings.training, native.address
     if training:
@@ -165,17 +207,18 @@ def _cpu_forward(
         settings.momentum,
         address(running_mean) if training else 0,
         address(running_var) if training else 0,
-        y.data_ptr(),
+        y,
         mean,
         mean + statistics.numel() // 2 * statistics.element_size(),
+        coefficients,
         scratch.data_ptr(),
     )
     if training and running_mean is not None and running_var is not None:
         torch.autograd.graph.increment_version([running_mean, running_var])
-    return y, statistics
+    return statistics
 
 
-def _cpu_backward(
+def cpu_backward(
     x: Tensor,
     dy: Tensor,
     weight: Tensor | None,
@@ -183,14 +226,20 @@ def _cpu_backward(
     statistics: Tensor,
     wants: Sequence[bool],
     settings: Settings,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, each where wanted; ``in_place`` leaves that of x in dy,
+    which then has x's layout."""
     module = native.load()
     assert module is not None
     x, layout = _dense(x)
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
         dy = torch.empty_like(x).copy_(dy)
     shape = _shape(module, x, layout, settings)
-    dx = torch.empty_like(x) if wants[0] else None
+    dx = None
+    if wants[0]:
+        dx = dy if in_place else torch.empty_like(x)
     dweight = torch.zeros_like(weight) if wants[1] and weight is not None else None
     dbias = torch.zeros_like(bias) if wants[2] and bias is not None else None
     scratch = torch.empty(module.norm_act_scratch(shape), dtype=torch.float64)
@@ -235,12 +284,12 @@ class _NormAct(torch.autograd.Function):
         wants = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             y = norm_act_ref(x, running_mean, running_var, weight, bias, ctx.settings)
-            return (*_differentiable_grads(y, (x, weight, bias), grads[0], wants), None, None, None)
-        found = _cpu_backward(x, grads[0], weight, bias, statistics, wants, ctx.settings)
+            return (*differentiable_grads(y, (x, weight, bias), grads[0], wants), None, None, None)
+        found = cpu_backward(x, grads[0], weight, bias, statistics, wants, ctx.settings)
         return (*found, None, None, None)
 
 
-def _differentiable_grads(
+def differentiable_grads(
     y: Tensor, tensors: Sequence[Tensor | None], dy: Tensor, wants: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients as functions of dy and the tensors, for a y made by the reference."""
@@ -265,6 +314,29 @@ def norm_act(
     impl: str = "auto",
 ) -> Tensor:
     """See :func:`pygan.functional.norm_act`."""
+    settings = checked_settings(
+        x,
+        running_mean,
+        running_var,
+        Settings(training, momentum, eps, activation, negative_slope, groups),
+    )
+    if _chosen(impl, x, weight, bias, running_mean, running_var) == "torch":
+        return norm_act_ref(x, running_mean, running_var, weight, bias, settings)
+    if torch.is_grad_enabled():
+        return _NormAct.apply(x, weight, bias, running_mean, running_var, settings)
+    return _cpu_forward(x, weight, bias, running_mean, running_var, settings)[0]
+
+
+def checked_settings(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, settings: Settings
+) -> Settings:
+    """The settings, with one group in evaluation.
+
+    Raises:
+        UserError: they do not fit each other or x.
+        ValueError: as ``batch_norm`` does, where a channel has a single value.
+    """
+    training, _, _, activation, _, groups = settings
     if activation not in ACTIVATIONS:
         raise UserError(f"activation is {activation!r}; it is one of {', '.join(ACTIVATIONS)}")
     if x.dim() < 2:
@@ -277,19 +349,12 @@ def norm_act(
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
-    settings = Settings(
-        training, momentum, eps, activation, negative_slope, groups if training else 1
-    )
-    if _chosen(impl, x, weight, bias, running_mean, running_var) == "torch":
-        return norm_act_ref(x, running_mean, running_var, weight, bias, settings)
-    if torch.is_grad_enabled():
-        return _NormAct.apply(x, weight, bias, running_mean, running_var, settings)
-    return _cpu_forward(x, weight, bias, running_mean, running_var, settings)[0]
+    return settings if training else settings._replace(groups=1)
 
 
 def _chosen(impl: str, x: Tensor, *parameters: Tensor | None) -> str:
     # The usual answer first: it is asked for in every layer of every step.
-    if impl == "auto" and dispatch.wished() == "auto" and _supports_cpu(x, *parameters) is None:
+    if impl == "auto" and dispatch.wished() == "auto" and supports_cpu(x, *parameters) is None:
         return "cpu"
-    candidates = [("cpu", lambda: _supports_cpu(x, *parameters)), ("torch", dispatch.always)]
+    candidates = [("cpu", lambda: supports_cpu(x, *parameters)), ("torch", dispatch.always)]
     return dispatch.choose("norm_act", impl, candidates)

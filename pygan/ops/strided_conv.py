@@ -48,6 +48,8 @@ ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
 DIRECT_CHANNELS = 4  # of big, at most
 
 _PASSES = {"up": 0, "down": 1, "weight_grad": 2}
+_MAPS = {"none": 0, "small": 1, "big": 2}
+_NORMALIZED = {"up": "small", "down": "big"}  # the map that a pass may read so
 _NONE = 1
 _TAKES = {
     "direct": f", it is for 1 to {DIRECT_CHANNELS} big channels",
@@ -107,6 +109,16 @@ class _Layer(NamedTuple):
     refused: tuple[str, ...]  # passes that the named method does not take
 
     @property
+    def native(self) -> bool:
+        return bool(self.up and self.down and self.weight_grad)
+
+    def plain(self, dtype: torch.dtype) -> _Layer:
+        """The same between maps that count as they are."""
+        sizes = (self.small_size, self.big_size)
+        threads = torch.get_num_threads()
+        return _layer(dtype, self.weight_format, *sizes, "auto", False, "none", threads)
+
+    @property
     def takes_activation(self) -> bool:
         return all(
             k and k.method == METHODS["direct"] for k in (self.up, self.down, self.weight_grad)
@@ -121,15 +133,18 @@ def _layer(
     big_size: tuple[int, ...],
     method: str,
     named: bool,
+    normalized: str,
     threads: int,
 ) -> _Layer:
-    """The kernels by ``method``; a named one that does not take a pass leaves it to "auto"."""
+    """The kernels by ``method``; a named one that does not take a pass leaves it to "auto".
+    Those that read the map ``normalized`` ("none", "small" or "big") forward normalize it."""
     module = native.load()
     assert module is not None
     batch, a, height, width = small_size
     _, b, big_height, big_width = big_size
 
     def kernel(name: str, method: str) -> _Kernel | None:
+        reads = name == "weight_grad" or _NORMALIZED[name] == normalized
         shape = module.StridedConvShape(
             native.DTYPES[dtype],
             0 if weight_format is _LAST else 1,
@@ -141,6 +156,7 @@ def _layer(
             a,
             b,
             METHODS[method],
+            _MAPS[normalized if reads else "none"],
             threads,
         )
         found = module.strided_conv_method(shape, _PASSES[name])
@@ -154,7 +170,7 @@ def _layer(
     return _Layer(small_size, big_size, weight_format, **found, refused=refused)
 
 
-def _is_last(x: Tensor) -> bool:
+def is_last(x: Tensor) -> bool:
     """Whether torch's convolutions take x for channels_last, by strides alone as they do."""
     _, c, h, w = x.shape
     n_step, c_step, h_step, w_step = x.stride()
@@ -168,12 +184,12 @@ def _is_last(x: Tensor) -> bool:
 
 
 def _in_format(x: Tensor, last: bool) -> Tensor:
-    if _is_last(x) == last:
+    if is_last(x) == last:
         return x
     return torch.empty(x.shape, dtype=x.dtype, memory_format=_LAST if last else _FIRST).copy_(x)
 
 
-def _run_up(
+def run_up(
     small: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -181,9 +197,10 @@ def _run_up(
     last: bool,
     gate: Tensor | None = None,
     negative_slope: float = 0.0,
+    coefficients: Tensor | None = None,
 ) -> Tensor:
     """big in channels_last where ``last``, else contiguous. Only a layer that takes an activation
-    takes a channels_last ``gate``."""
+    takes a channels_last ``gate``, only one that normalizes small ``coefficients``."""
     kernel, dtype = layer.up, small.dtype
     if kernel is None:
         odd = [layer.big_size[i] - 2 * layer.small_size[i] for i in (2, 3)]
@@ -199,6 +216,8 @@ def _run_up(
         kernel.shape,
         small.data_ptr(),
         native.address(gate),
+        native.address(coefficients),
+        0 if coefficients is None else coefficients.shape[0],
         negative_slope,
         weight.data_ptr(),
         native.address(bias),
@@ -208,7 +227,7 @@ def _run_up(
     return big if last else _in_format(big, last)
 
 
-def _run_down(
+def run_down(
     big: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -216,9 +235,10 @@ def _run_down(
     last: bool,
     activation: str = "none",
     negative_slope: float = 0.0,
+    coefficients: Tensor | None = None,
 ) -> Tensor:
     """small in channels_last where ``last``, else contiguous. Only a layer that takes an activation
-    is given one."""
+    is given one, only one that normalizes big ``coefficients``."""
     kernel, dtype = layer.down, big.dtype
     if kernel is None:
         bias = None if bias is None else bias.to(dtype)
@@ -234,6 +254,8 @@ def _run_down(
     module.strided_conv_down(
         kernel.shape,
         big.data_ptr(),
+        native.address(coefficients),
+        0 if coefficients is None else coefficients.shape[0],
         weight.data_ptr(),
         native.address(bias),
         ACTIVATIONS[activation],
@@ -244,14 +266,16 @@ def _run_down(
     return small if last else _in_format(small, last)
 
 
-def _run_weight_grad(
+def run_weight_grad(
     small: Tensor,
     big: Tensor,
     layer: _Layer,
     gate: Tensor | None = None,
     negative_slope: float = 0.0,
+    coefficients: Tensor | None = None,
 ) -> Tensor:
-    """float32 ``[A, B, 4, 4]`` in the weight's memory format; ``gate`` as in :func:`_run_up`."""
+    """float32 ``[A, B, 4, 4]`` in the weight's memory format; ``gate`` and ``coefficients`` as in
+    :func:`run_up`."""
     kernel = layer.weight_grad
     if kernel is None:
         return weight_grad_ref(small, big).float().contiguous(memory_format=layer.weight_format)
@@ -264,6 +288,8 @@ def _run_weight_grad(
         kernel.shape,
         small.data_ptr(),
         native.address(gate),
+        native.address(coefficients),
+        0 if coefficients is None else coefficients.shape[0],
         negative_slope,
         big.data_ptr(),
         dweight.data_ptr(),
@@ -275,19 +301,19 @@ def _run_weight_grad(
 def _passes() -> tuple[Any, Any, Any]:
     """up, down and weight_grad: differentiable ones while a graph of the gradients is wanted."""
     if torch.is_grad_enabled():
-        return _Up.apply, _Down.apply, _WeightGrad.apply
-    return _run_up, _run_down, _run_weight_grad
+        return Up.apply, Down.apply, _WeightGrad.apply
+    return run_up, run_down, run_weight_grad
 
 
-class _Up(torch.autograd.Function):
+class Up(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, small: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, last: bool
     ) -> Tensor:
         wants = ctx.needs_input_grad
         ctx.save_for_backward(small if wants[1] else None, weight if wants[0] else None)
-        ctx.layer, ctx.small_last = layer, _is_last(small)
-        return _run_up(small, weight, bias, layer, last)
+        ctx.layer, ctx.small_last = layer, is_last(small)
+        return run_up(small, weight, bias, layer, last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -303,15 +329,15 @@ class _Up(torch.autograd.Function):
         )
 
 
-class _Down(torch.autograd.Function):
+class Down(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, big: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, last: bool
     ) -> Tensor:
         wants = ctx.needs_input_grad
         ctx.save_for_backward(big if wants[1] else None, weight if wants[0] else None)
-        ctx.layer, ctx.big_last = layer, _is_last(big)
-        return _run_down(big, weight, bias, layer, last)
+        ctx.layer, ctx.big_last = layer, is_last(big)
+        return run_down(big, weight, bias, layer, last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -340,9 +366,9 @@ class _DownActivated(torch.autograd.Function):
         negative_slope: float,
     ) -> Tensor:
         wants = ctx.needs_input_grad
-        y = _run_down(big, weight, bias, layer, last, activation, negative_slope)
+        y = run_down(big, weight, bias, layer, last, activation, negative_slope)
         ctx.save_for_backward(big if wants[1] else None, weight if wants[0] else None, y)
-        ctx.layer, ctx.big_last = layer, _is_last(big)
+        ctx.layer, ctx.big_last = layer, is_last(big)
         ctx.slope = negative_slope if activation == "leaky_relu" else 0.0
         return y
 
@@ -368,15 +394,15 @@ class _WeightGrad(torch.autograd.Function):
     def forward(ctx: Any, small: Tensor, big: Tensor, layer: _Layer) -> Tensor:
         ctx.save_for_backward(small, big)
         ctx.layer = layer
-        return _run_weight_grad(small, big, layer)
+        return run_weight_grad(small, big, layer)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (small, big), wants = ctx.saved_tensors, ctx.needs_input_grad
         up, down, _ = _passes()
         return (
-            down(big, grads[0], None, ctx.layer, _is_last(small)) if wants[0] else None,
-            up(small, grads[0], None, ctx.layer, _is_last(big)) if wants[1] else None,
+            down(big, grads[0], None, ctx.layer, is_last(small)) if wants[0] else None,
+            up(small, grads[0], None, ctx.layer, is_last(big)) if wants[1] else None,
             None,
         )
 
@@ -405,22 +431,31 @@ def _supports_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, side: int) -> 
     return None
 
 
-def _run(
+class Call(NamedTuple):
+    """up or down by the kernels: operands as they take them, and x's dtype the one computed in."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    layer: _Layer
+    last: bool
+
+
+def prepare(
     conv_pass: str,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    output_padding: Sequence[int],
-    activation: str,
-    negative_slope: float,
-    method: str,
-    impl: str,
-) -> Tensor | None:
-    """up or down by the kernels, or None where torch's own operation is to run."""
+    output_padding: Sequence[int] = (0, 0),
+    *,
+    method: str = "auto",
+    impl: str = "auto",
+    normalized: bool = False,
+) -> Call | None:
+    """What the kernels run for up or down, which normalize x as they read it if ``normalized``,
+    or None where torch's own operation is to run."""
     if method not in METHODS:
         raise UserError(f"method is {method!r}; it is one of {', '.join(METHODS)}")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"activation is {activation!r}; it is one of {', '.join(ACTIVATIONS)}")
     going_up = conv_pass == "up"
     side = 0 if going_up else 1
     if impl == "auto":
@@ -452,6 +487,7 @@ def _run(
         # Winograd's transforms round a bfloat16 weight, which torch takes as it is, once more.
         "direct" if weight.dtype is torch.bfloat16 and not named else method,
         named,
+        _NORMALIZED[conv_pass] if normalized else "none",
         torch.get_num_threads(),
     )
     if conv_pass in layer.refused:
@@ -461,19 +497,10 @@ def _run(
         )
     if impl == "auto" and not (layer.up or layer.down or layer.weight_grad):
         return None
-    last = _is_last(x) or _is_last(weight)
+    last = is_last(x) or is_last(weight)
     if autocast is not None:
         x = x.to(autocast)
-    weight, bias = weight.float(), None if bias is None else bias.float().contiguous()
-    graph = torch.is_grad_enabled()
-    if going_up:
-        return (_Up.apply if graph else _run_up)(x, weight, bias, layer, last)
-    # Below a slope of 0 the signs behind the activation do not tell those before it.
-    if activation != "none" and layer.takes_activation and negative_slope >= 0:
-        fused = _DownActivated.apply if graph else _run_down
-        return fused(x, weight, bias, layer, last, activation, negative_slope)
-    z = (_Down.apply if graph else _run_down)(x, weight, bias, layer, last)
-    return _activate(z, activation, negative_slope)
+    return Call(x, weight.float(), None if bias is None else bias.float().contiguous(), layer, last)
 
 
 def up(
@@ -487,8 +514,10 @@ def up(
 ) -> Tensor:
     """``conv_transpose2d(small, weight, bias, 2, 1, output_padding)``; see
     :func:`pygan.functional.conv_transpose2d`."""
-    big = _run("up", small, weight, bias, output_padding, "none", 0.0, method, impl)
-    return up_ref(small, weight, bias, output_padding) if big is None else big
+    call = prepare("up", small, weight, bias, output_padding, method=method, impl=impl)
+    if call is None:
+        return up_ref(small, weight, bias, output_padding)
+    return (Up.apply if torch.is_grad_enabled() else run_up)(*call)
 
 
 def down(
@@ -503,10 +532,17 @@ def down(
 ) -> Tensor:
     """``conv2d(big, weight, bias, 2, 1)``, see :func:`pygan.functional.conv2d`, and behind it
     ``activation``: "none", "relu" or "leaky_relu" with ``negative_slope``."""
-    small = _run("down", big, weight, bias, (0, 0), activation, negative_slope, method, impl)
-    if small is None:
+    if activation not in ACTIVATIONS:
+        raise UserError(f"activation is {activation!r}; it is one of {', '.join(ACTIVATIONS)}")
+    call = prepare("down", big, weight, bias, method=method, impl=impl)
+    if call is None:
         return down_ref(big, weight, bias, activation, negative_slope)
-    return small
+    graph = torch.is_grad_enabled()
+    # Below a slope of 0 the signs behind the activation do not tell those before it.
+    if activation != "none" and call.layer.takes_activation and negative_slope >= 0:
+        fused = _DownActivated.apply if graph else run_down
+        return fused(*call, activation, negative_slope)
+    return _activate((Down.apply if graph else run_down)(*call), activation, negative_slope)
 
 
 def _pair(size: Any) -> tuple[Any, ...]:
@@ -535,8 +571,8 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, impl: 
 def _whole_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``conv2d`` of ``[N, B, h, w]`` with ``[A, B, h, w]`` to ``[N, A, 1, 1]``, as a product of
     matrices in x's memory order."""
-    last = _is_last(x) or _is_last(weight)
-    if _is_last(x):
+    last = is_last(x) or is_last(weight)
+    if is_last(x):
         x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
     y = F.linear(x.flatten(1), weight.flatten(1), bias)
     return y[:, None, None].permute(0, 3, 1, 2) if last else y[:, :, None, None]
@@ -546,7 +582,7 @@ def _from_point(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``conv_transpose2d`` of ``[N, A, 1, 1]`` with ``[A, B, h, w]`` to ``[N, B, h, w]``, as a
     product of matrices in the memory order of the result."""
     _, b, height, width = weight.shape
-    last = _is_last(x) or _is_last(weight)
+    last = is_last(x) or is_last(weight)
     x = x.flatten(1)
     if not last:
         every = None if bias is None else bias.repeat_interleave(height * width)

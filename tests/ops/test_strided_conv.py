@@ -591,7 +591,7 @@ def test_only_wanted_gradients_are_computed(
     conv_pass: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(conv_pass, (2, 16, 4, 4, 8))
-    names = ("_run_up", "_run_down", "_run_weight_grad")
+    names = ("run_up", "run_down", "run_weight_grad")
     calls: list[str] = []
     for name in names:
         real = getattr(op, name)
@@ -601,8 +601,8 @@ def test_only_wanted_gradients_are_computed(
             return real(*args)
 
         monkeypatch.setattr(op, name, watched)
-    back = "_run_down" if conv_pass == "up" else "_run_up"
-    for wanted, expected in (("x", [back]), ("weight", ["_run_weight_grad"]), ("bias", [])):
+    back = "run_down" if conv_pass == "up" else "run_up"
+    for wanted, expected in (("x", [back]), ("weight", ["run_weight_grad"]), ("bias", [])):
         values = make(case)
         values[wanted].requires_grad_()
         y = call(case, values, "cpu")
@@ -714,7 +714,7 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
 def test_environment_names_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 4, 4)
     monkeypatch.setenv("PYGAN_IMPL", "torch")
-    monkeypatch.setattr(op, "_run_down", None)
+    monkeypatch.setattr(op, "run_down", None)
     assert torch.equal(conv2d(x, weight, None, 2, 1), F.conv2d(x, weight, None, 2, 1))
     monkeypatch.setenv("PYGAN_IMPL", "cpu")
     with pytest.raises(UserError, match="float64"):

@@ -1,0 +1,173 @@
+"""Batch norm, activation and the strided convolution behind them, with no map in between.
+
+    y = conv(f(z)),  z = weight_n * (x - mean) * invstd + bias_n,  conv = up or down
+
+as ``norm_act`` and ``strided_conv`` define them, for f(z) = max(z, slope * z): ReLU, LeakyReLU with
+a slope up to 1, or nothing. Forward takes the statistics in one pass over x; the convolution's
+kernel computes f(z) from x as it reads it, and so does ``weight_grad`` backward:
+
+    df = conv^T(dy, w),  dw = weight_grad(f(z), dy),  dx, dweight_n, dbias_n from df as in norm_act
+
+where dx takes df's place. f(z) is never stored, which saves one map of x's size until backward
+and one writing and reading of it.
+
+Saved: x, both weights and the statistics. Gradient order: x, norm weight, norm bias, weight, bias.
+Shapes: x ``[N, C, H, W]`` in channels_last. Source: the recomputation is that of Rota Bulo et al.
+2018, arXiv:1712.02616, without their inversion of the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pygan.ops import dispatch, norm_act, strided_conv
+from pygan.ops.norm_act import Settings
+from pygan.ops.strided_conv import Call
+
+
+class Conv(NamedTuple):
+    """The convolution behind: ``strided_conv.up`` or ``down`` with the arguments they take."""
+
+    conv_pass: str  # "up" or "down"
+    weight: Tensor
+    bias: Tensor | None = None
+    output_padding: Sequence[int] = (0, 0)  # of up
+    activation: str = "none"  # behind down
+    negative_slope: float = 0.0
+
+
+def norm_conv_ref(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    settings: Settings,
+    conv: Conv,
+) -> Tensor:
+    """The definition in torch."""
+    y = norm_act.norm_act_ref(x, running_mean, running_var, weight, bias, settings)
+    if conv.conv_pass == "up":
+        return strided_conv.up_ref(y, conv.weight, conv.bias, conv.output_padding)
+    return strided_conv.down_ref(y, conv.weight, conv.bias, conv.activation, conv.negative_slope)
+
+
+def _slope(settings: Settings) -> float | None:
+    """Of f(z) = max(z, slope * z); None for any other activation."""
+    if settings.activation == "leaky_relu":
+        return settings.negative_slope if 0 <= settings.negative_slope <= 1 else None
+    return {"relu": 0.0, "none": 1.0}.get(settings.activation)
+
+
+def _prepared(
+    x: Tensor, parameters: Sequence[Tensor | None], settings: Settings, conv: Conv
+) -> Call | None:
+    """What the kernels run, None where norm and convolution are to run apart."""
+    usual = dispatch.wished() == "auto" and conv.activation == "none" and x.dim() == 4
+    if not usual or _slope(settings) is None or not strided_conv.is_last(x):
+        return None
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if norm_act.supports_cpu(x, *parameters) is not None:
+        return None
+    call = strided_conv.prepare(
+        conv.conv_pass, x, conv.weight, conv.bias, conv.output_padding, normalized=True
+    )
+    return call if call and call.x.dtype is x.dtype and call.layer.native else None
+
+
+class _NormConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        settings: Settings,
+        conv: Conv,
+        call: Call,
+    ) -> Tensor:
+        statistics, coefficients = norm_act.cpu_statistics(
+            x, norm_weight, norm_bias, running_mean, running_var, settings
+        )
+        frozen = (None, None) if settings.training else (running_mean, running_var)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, statistics, coefficients, *frozen)
+        ctx.settings, ctx.layer, ctx.last = settings, call.layer, call.last
+        ctx.up = conv.conv_pass == "up"
+        return _run(call._replace(x=x, weight=weight, bias=bias), settings, conv, coefficients)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, weight, statistics, coefficients, *frozen = ctx.saved_tensors
+        up, settings, wants = ctx.up, ctx.settings, ctx.needs_input_grad
+        dy = grads[0].contiguous(memory_format=torch.channels_last)
+        dbias = dy.sum((0, 2, 3), dtype=torch.float32) if wants[4] else None
+        if torch.is_grad_enabled():
+            running_mean, running_var = frozen
+            f = norm_act.norm_act_ref(
+                x, running_mean, running_var, norm_weight, norm_bias, settings
+            )
+            conv = strided_conv.Up if up else strided_conv.Down
+            out = conv.apply(f, weight, None, ctx.layer.plain(x.dtype), ctx.last)
+            found = norm_act.differentiable_grads(
+                out, (x, norm_weight, norm_bias, weight), dy, wants[:4]
+            )
+            return (*found, dbias, *(None,) * 5)
+        through: tuple[Tensor | None, ...] = (None,) * 3
+        if any(wants[:3]):
+            adjoint = strided_conv.run_down if up else strided_conv.run_up
+            df = adjoint(dy, weight, None, ctx.layer, True)
+            through = norm_act.cpu_backward(
+                x, df, norm_weight, norm_bias, statistics, wants[:3], settings, in_place=True
+            )
+        dweight = None
+        if wants[3]:
+            small, big = (x, dy) if up else (dy, x)
+            dweight = strided_conv.run_weight_grad(
+                small, big, ctx.layer, None, _slope(settings) or 0.0, coefficients
+            )
+        return (*through, dweight, dbias, *(None,) * 5)
+
+
+def _run(call: Call, settings: Settings, conv: Conv, coefficients: Tensor) -> Tensor:
+    slope = _slope(settings)
+    assert slope is not None
+    if conv.conv_pass == "up":
+        return strided_conv.run_up(*call, None, slope, coefficients)
+    return strided_conv.run_down(*call, "none", slope, coefficients)
+
+
+def norm_conv(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    settings: Settings,
+    conv: Conv,
+) -> Tensor:
+    """``conv`` of ``norm_act`` of x, as one operation where the kernels take both, which is in
+    channels_last, else one after the other."""
+    settings = norm_act.checked_settings(x, running_mean, running_var, settings)
+    call = _prepared(x, (weight, bias, running_mean, running_var), settings, conv)
+    if call is None:
+        y = norm_act.norm_act(x, running_mean, running_var, weight, bias, **settings._asdict())
+        if conv.conv_pass == "up":
+            return strided_conv.up(y, conv.weight, conv.bias, conv.output_padding)
+        return strided_conv.down(y, *conv[1:3], conv.activation, conv.negative_slope)
+    if not torch.is_grad_enabled():
+        _, coefficients = norm_act.cpu_statistics(
+            x, weight, bias, running_mean, running_var, settings
+        )
+        return _run(call, settings, conv, coefficients)
+    return _NormConv.apply(
+        x, weight, bias, call.weight, call.bias, running_mean, running_var, settings, conv, call
+    )
