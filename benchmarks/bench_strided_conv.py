@@ -123,6 +123,7 @@ def _shape(layer: Layer, dtype: torch.dtype, method: str, threads: int) -> Any:
         small_channels=layer.small,
         big_channels=layer.big,
         method=METHODS.index(method),
+        normalized=0,
         threads=threads,
     )
 
@@ -150,17 +151,20 @@ def pygan_pass(
         if conv_pass == "up":
             made = torch.empty_like(big)
             extension.strided_conv_up(
-                shape, small.data_ptr(), 0, 0.0, weight.data_ptr(), 0, made.data_ptr(), scratch
+                *(shape, small.data_ptr(), 0, 0, 0, 0.0),
+                *(weight.data_ptr(), 0, made.data_ptr(), scratch),
             )
         elif conv_pass == "down":
             made = torch.empty_like(small)
             extension.strided_conv_down(
-                shape, big.data_ptr(), weight.data_ptr(), 0, 0, 0.0, made.data_ptr(), scratch
+                *(shape, big.data_ptr(), 0, 0, weight.data_ptr(), 0),
+                *(0, 0.0, made.data_ptr(), scratch),
             )
         else:
             made = torch.empty_like(weight)
             extension.strided_conv_weight_grad(
-                shape, small.data_ptr(), 0, 0.0, big.data_ptr(), made.data_ptr(), scratch
+                *(shape, small.data_ptr(), 0, 0, 0, 0.0, big.data_ptr()),
+                *(made.data_ptr(), scratch),
             )
         return made
 

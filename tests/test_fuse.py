@@ -65,15 +65,25 @@ def test_fused_blocks_call_the_fused_operation(monkeypatch: pytest.MonkeyPatch) 
     # pygan.fuse the function hides pygan.fuse the module.
     module = sys.modules["pygan.fuse"]
     calls = []
-    real = module.norm_act
+    norm_act, norm_conv = module.norm_act, module.norm_conv
 
-    def watched(*args: object, **kwargs: object) -> Tensor:
-        calls.append(kwargs["activation"])
-        return real(*args, **kwargs)
+    def watch_norm(*args: Tensor, **kwargs: object) -> Tensor:
+        calls.append(("norm_act", kwargs["activation"]))
+        return norm_act(*args, **kwargs)
 
-    monkeypatch.setattr(module, "norm_act", watched)
+    def watch_conv(*args: object) -> Tensor:
+        calls.append(("norm_conv", args[-2].activation))
+        return norm_conv(*args)
+
+    monkeypatch.setattr(module, "norm_act", watch_norm)
+    monkeypatch.setattr(module, "norm_conv", watch_conv)
     fused(torch.randn(4, 3, 8, 8))
-    assert calls == ["leaky_relu", "relu", "tanh", "none"]
+    assert calls == [
+        ("norm_conv", "leaky_relu"),
+        ("norm_act", "relu"),
+        ("norm_act", "tanh"),
+        ("norm_act", "none"),
+    ]
 
 
 def test_state_class_names_and_undo() -> None:

@@ -77,11 +77,13 @@ def norm_act(c: Any, side: str) -> Iterator[str]:
                 f"{dtype=} {layout=} {activation=} {training=} {threads=} "
                 f"{batch=} {channels=} {spatial=}"
             )
-            c.norm_act_forward(
-                *(shape, x, weight, bias, training, 1e-5, 0.1, *running),
-                *(memory.empty(size, dtype), *statistics),
-                memory.bytes(8 * c.norm_act_scratch(shape)),
-            )
+            coefficients = memory.empty(3 * groups * channels)
+            for y in (memory.empty(size, dtype), 0):
+                c.norm_act_forward(
+                    *(shape, x, weight, bias, training, 1e-5, 0.1, *running),
+                    *(y, *statistics, coefficients),
+                    memory.bytes(8 * c.norm_act_scratch(shape)),
+                )
             c.norm_act_backward(
                 *(shape, x, dy, weight, bias, *statistics, training, memory.empty(size, dtype)),
                 *(memory.empty(channels), memory.empty(channels)),
@@ -118,14 +120,17 @@ def image_batch(c: Any, side: str) -> Iterator[str]:
 
 
 def strided_conv(c: Any, side: str) -> Iterator[str]:
+    """Every method and pass, with all maps as they are and with each normalized."""
     sizes = [(1, 1, 1, 0, 0), (2, 3, 5, 1, 0), (1, 4, 4, 0, 0), (3, 8, 7, 0, 1), (2, 5, 9, 1, 1)]
     channels = [(1, 1), (7, 3), (20, 1), (64, 3), (16, 16), (19, 37), (40, 24)]
-    for dtype, layout, method, threads in itertools.product((0, 1), (0, 1), (2, 3, 4), (1, 2)):
+    for dtype, layout, method, threads, normalized in itertools.product(
+        (0, 1), (0, 1), (2, 3, 4), (1, 2), (0, 1, 2)
+    ):
         for (batch, height, width, *odd), (a, b) in itertools.product(sizes, channels):
             big_height, big_width = 2 * height + odd[0], 2 * width + odd[1]
             shape = c.StridedConvShape(
                 *(dtype, layout, batch, height, width, big_height, big_width, a, b),
-                *(method, threads),
+                *(method, normalized, threads),
             )
             counts = batch * height * width * a, batch * big_height * big_width * b
             for conv_pass in (0, 1, 2):
@@ -135,23 +140,29 @@ def strided_conv(c: Any, side: str) -> Iterator[str]:
                 scratch = memory.bytes(c.strided_conv_scratch(shape, conv_pass), SCRATCH_ALIGNMENT)
                 yield (
                     f"{dtype=} {layout=} {method=} {threads=} {batch=} {height=} {width=} "
-                    f"{odd=} {a=} {b=} {conv_pass=}"
+                    f"{odd=} {a=} {b=} {conv_pass=} {normalized=}"
                 )
                 small, big = (memory.values(count, dtype) for count in counts)
-                fused = method == 2 and layout == 0
+                fused = method == 2 and layout == 0 and not normalized
                 gate = memory.values(counts[0], dtype) if fused else 0
+                coefficients = memory.values(3 * batch * (a, b)[normalized - 1])
+                norm = (coefficients, batch) if normalized else (0, 0)
                 if conv_pass == 0:
                     weight, bias = memory.values(16 * a * b), memory.values(b)
                     big = memory.empty(counts[1], dtype)
-                    c.strided_conv_up(shape, small, gate, 0.2, weight, bias, big, scratch)
+                    c.strided_conv_up(shape, small, gate, *norm, 0.2, weight, bias, big, scratch)
                 elif conv_pass == 1:
                     weight, bias = memory.values(16 * a * b), memory.values(a)
                     small = memory.empty(counts[0], dtype)
                     activation = 2 if fused else 0
-                    c.strided_conv_down(shape, big, weight, bias, activation, 0.2, small, scratch)
+                    c.strided_conv_down(
+                        *(shape, big, *norm, weight, bias, activation, 0.2, small, scratch)
+                    )
                 else:
                     dweight = memory.empty(16 * a * b)
-                    c.strided_conv_weight_grad(shape, small, gate, 0.2, big, dweight, scratch)
+                    c.strided_conv_weight_grad(
+                        *(shape, small, gate, *norm, 0.2, big, dweight, scratch)
+                    )
 
 
 OPERATIONS = {f.__name__: f for f in (norm_act, gan_loss, image_batch, strided_conv)}

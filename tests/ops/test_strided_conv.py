@@ -159,7 +159,8 @@ def layer_of(case: Case, method: str) -> Any:
     weight = make(case)["weight"]
     form = LAST if weight.is_contiguous(memory_format=LAST) else torch.contiguous_format
     named = method != "auto"
-    return op._layer(case.dtype, form, *case.shapes, method, named, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    return op._layer(case.dtype, form, *case.shapes, method, named, "none", threads)
 
 
 def promised(case: Case, method: str) -> bool:
@@ -475,16 +476,16 @@ def test_other_methods_refuse_activations_and_gates() -> None:
     *at, room = [t.data_ptr() for t in arrays]
 
     def down(shape: Any, activation: int = 2) -> None:
-        module.strided_conv_down(shape, at[1], at[2], 0, activation, 0.2, at[0], room)
+        module.strided_conv_down(shape, at[1], 0, 0, at[2], 0, activation, 0.2, at[0], room)
 
     def up(shape: Any) -> None:
-        module.strided_conv_up(shape, at[0], at[0], 0.2, at[2], 0, at[1], room)
+        module.strided_conv_up(shape, at[0], at[0], 0, 0, 0.2, at[2], 0, at[1], room)
 
     def weight_grad(shape: Any) -> None:
-        module.strided_conv_weight_grad(shape, at[0], at[0], 0.2, at[1], at[2], room)
+        module.strided_conv_weight_grad(shape, at[0], at[0], 0, 0, 0.2, at[1], at[2], room)
 
     for method in METHODS:
-        shape = module.StridedConvShape(0, 0, 1, 4, 4, 8, 8, 16, 3, op.METHODS[method], 1)
+        shape = module.StridedConvShape(0, 0, 1, 4, 4, 8, 8, 16, 3, op.METHODS[method], 0, 1)
         for attempt in (down, up, weight_grad):
             if method in ("f22", "f42"):
                 with pytest.raises(ValueError, match="not with an activation or a gate"):
@@ -635,7 +636,7 @@ def test_memory_format_is_torchs(conv_pass: str) -> None:
             assert y.stride() == plain.stride(), about
             y.sum().backward()
             assert x.grad is not None and weight.grad is not None
-            assert op._is_last(x.grad) == op._is_last(x), about
+            assert op.is_last(x.grad) == op.is_last(x), about
             assert weight.grad.is_contiguous(
                 memory_format=LAST
                 if weight.is_contiguous(memory_format=LAST)
