@@ -221,6 +221,8 @@ class AdversarialStep(_Step):
                 logger.info("D is called twice a step, because %s", reason)
 
     def _update(self, real: Tensor, z: Tensor) -> StepResult:
+        # Not only before G's own update, or its gradients would lie about through D's.
+        self.opt_g.zero_grad(set_to_none=True)
         with self._autocast():
             fake = self.G(z)
         loss_d, d_real, d_fake = self._update_d(real, fake.detach())
@@ -263,7 +265,6 @@ class AdversarialStep(_Step):
         return losses[0] + losses[1], probabilities[0], probabilities[1]
 
     def _update_g(self, fake: Tensor) -> tuple[Tensor, Tensor]:
-        self.opt_g.zero_grad(set_to_none=True)
         with _constant(self.D):
             with self._autocast():
                 logits = self.D(fake).flatten()

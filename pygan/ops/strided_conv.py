@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, native
+from pygan.ops import dispatch, map_memory, native
 
 METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
@@ -186,7 +186,7 @@ def is_last(x: Tensor) -> bool:
 def _in_format(x: Tensor, last: bool) -> Tensor:
     if is_last(x) == last:
         return x
-    return torch.empty(x.shape, dtype=x.dtype, memory_format=_LAST if last else _FIRST).copy_(x)
+    return map_memory.empty(x.shape, x.dtype, _LAST if last else _FIRST).copy_(x)
 
 
 def run_up(
@@ -211,7 +211,7 @@ def run_up(
     assert module is not None
     small = small.contiguous(memory_format=_LAST)
     weight = weight.contiguous(memory_format=layer.weight_format)
-    big = torch.empty(layer.big_size, dtype=dtype, memory_format=_LAST)
+    big = map_memory.empty(layer.big_size, dtype, _LAST)
     module.strided_conv_up(
         kernel.shape,
         small.data_ptr(),
@@ -250,7 +250,7 @@ def run_down(
     assert module is not None
     big = big.contiguous(memory_format=_LAST)
     weight = weight.contiguous(memory_format=layer.weight_format)
-    small = torch.empty(layer.small_size, dtype=dtype, memory_format=_LAST)
+    small = map_memory.empty(layer.small_size, dtype, _LAST)
     module.strided_conv_down(
         kernel.shape,
         big.data_ptr(),
@@ -283,7 +283,7 @@ def run_weight_grad(
     assert module is not None
     small, big = small.contiguous(memory_format=_LAST), big.contiguous(memory_format=_LAST)
     size = (layer.small_size[1], layer.big_size[1], 4, 4)
-    dweight = torch.empty(size, dtype=torch.float32, memory_format=layer.weight_format)
+    dweight = map_memory.empty(size, torch.float32, layer.weight_format)
     module.strided_conv_weight_grad(
         kernel.shape,
         small.data_ptr(),
