@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pygan.errors import UserError
 from pygan.functional import image_batch
 from pygan.fuse import why_not_mergeable
+from pygan.ops import map_memory
 from pygan.ops.gan_loss import gan_loss, term_of
 from pygan.ops.norm_act import batch_groups
 
@@ -239,7 +240,7 @@ class AdversarialStep(_Step):
 
     def _merged_gradients(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with self._autocast():
-            both = torch.cat([_in_format_of(fake, real), fake])
+            both = _joined(real, fake)
             with batch_groups(2):
                 logits = self.D(both).flatten()
             real_logits, fake_logits = logits.split(logits.numel() // 2)
@@ -277,12 +278,17 @@ class AdversarialStep(_Step):
         return loss.detach(), probabilities[0]
 
 
-def _in_format_of(fake: Tensor, real: Tensor) -> Tensor:
-    """real in the dtype of fake, and in channels_last where fake is, so that they join in one
-    copy."""
-    if fake.dim() == 4 and fake.is_contiguous(memory_format=torch.channels_last):
-        return real.to(fake.dtype).contiguous(memory_format=torch.channels_last)
-    return real.to(fake.dtype)
+def _joined(real: Tensor, fake: Tensor) -> Tensor:
+    """Both as one batch in the dtype of fake, and in channels_last where fake is, in one copy."""
+    last = fake.dim() == 4 and fake.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    if not fake.is_cpu or real.shape[1:] != fake.shape[1:]:
+        return torch.cat([real.to(fake.dtype).contiguous(memory_format=memory_format), fake])
+    size = (len(real) + len(fake), *fake.shape[1:])
+    both = map_memory.empty(size, fake.dtype, memory_format)
+    both[: len(real)].copy_(real)
+    both[len(real) :].copy_(fake)
+    return both
 
 
 class ReferenceStep(_Step):

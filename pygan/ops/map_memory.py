@@ -54,7 +54,7 @@ class Arena:
 
         # torch.frombuffer wants an object with the buffer protocol, which C types alone have
         # before Python 3.12. It reads as many bytes as it is told, so one length serves all.
-        class Block(ctypes.Array):  # type: ignore[type-arg]
+        class Block(ctypes.Array):
             _type_ = ctypes.c_char
             _length_ = size
             arena = self
@@ -76,12 +76,11 @@ class Arena:
             while self._returned:
                 self._release(*self._returned.popleft())
             size = -(-size // _ALIGNMENT) * _ALIGNMENT
-            for i, (start, end) in enumerate(self._free):
-                if end - start >= size:
-                    break
-            else:
+            found = next((i for i, (a, b) in enumerate(self._free) if b - a >= size), None)
+            if found is None:
                 return None
-            self._free[i : i + 1] = [(start + size, end)] if end - start > size else []
+            start, end = self._free[found]
+            self._free[found : found + 1] = [(start + size, end)] if end - start > size else []
             block = self._block.from_address(self._base + start)
             block.place = (start, start + size)
             self._high = max(self._high, start + size)
@@ -154,7 +153,7 @@ def _place(elements: int, dtype: torch.dtype) -> Tensor | None:
     tensor = torch.frombuffer(block, dtype=dtype, count=elements)
     if (
         torch.are_deterministic_algorithms_enabled()
-        and torch.utils.deterministic.fill_uninitialized_memory
+        and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     ):
         tensor.fill_(torch.nan)
     return tensor

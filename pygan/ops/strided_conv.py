@@ -42,6 +42,7 @@ from torch.nn.grad import conv2d_weight
 
 from pygan.errors import UserError
 from pygan.ops import dispatch, map_memory, native
+from pygan.ops.matrix_product import matrix_product
 
 METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
@@ -574,7 +575,7 @@ def _whole_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     last = is_last(x) or is_last(weight)
     if is_last(x):
         x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
-    y = F.linear(x.flatten(1), weight.flatten(1), bias)
+    y = matrix_product(x.flatten(1), weight.flatten(1).t(), bias)
     return y[:, None, None].permute(0, 3, 1, 2) if last else y[:, :, None, None]
 
 
@@ -586,9 +587,9 @@ def _from_point(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x = x.flatten(1)
     if not last:
         every = None if bias is None else bias.repeat_interleave(height * width)
-        return F.linear(x, weight.flatten(1).t(), every).view(-1, b, height, width)
+        return matrix_product(x, weight.flatten(1), every).view(-1, b, height, width)
     every = None if bias is None else bias.repeat(height * width)
-    y = F.linear(x, weight.permute(0, 2, 3, 1).flatten(1).t(), every)
+    y = matrix_product(x, weight.permute(0, 2, 3, 1).flatten(1), every)
     return y.view(-1, height, width, b).permute(0, 3, 1, 2)
 
 
