@@ -108,6 +108,10 @@ def _is_convolution(layer: nn.Module) -> bool:
     return (_is_strided(layer) or _is_dense(layer)) and _why_not_convolution(layer) is None
 
 
+def _is_tanh(layer: nn.Module) -> bool:
+    return type(layer) is nn.Tanh and why_opaque(layer) is None
+
+
 def _takes_activation(layer: nn.Module) -> bool:
     """Whether it is of the kind whose kernels run an activation as well."""
     return type(layer) is nn.Conv2d and _is_strided(layer) and layer.in_channels <= DIRECT_CHANNELS
@@ -251,6 +255,9 @@ class FusedSequential(nn.Sequential):
                 done = -1 if conv is None else at + 1
             elif kind == "convolution":
                 input = _convolution_layer(layers[i], activation, input)
+            elif _is_tanh(layers[i]) and at and runs[at - 1][1:] == ("convolution", None):
+                # What a convolution puts out is nobody else's, and no gradient needs it.
+                input = torch.tanh_(input)
             else:
                 input = layers[i](input)
         return input

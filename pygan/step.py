@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pygan.errors import UserError
 from pygan.functional import image_batch
 from pygan.fuse import why_not_mergeable
+from pygan.ops import map_memory
 from pygan.ops.gan_loss import gan_loss, term_of
 from pygan.ops.norm_act import batch_groups
 
@@ -221,6 +222,8 @@ class AdversarialStep(_Step):
                 logger.info("D is called twice a step, because %s", reason)
 
     def _update(self, real: Tensor, z: Tensor) -> StepResult:
+        # Not only before G's own update, or its gradients would lie about through D's.
+        self.opt_g.zero_grad(set_to_none=True)
         with self._autocast():
             fake = self.G(z)
         loss_d, d_real, d_fake = self._update_d(real, fake.detach())
@@ -237,7 +240,7 @@ class AdversarialStep(_Step):
 
     def _merged_gradients(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with self._autocast():
-            both = torch.cat([_in_format_of(fake, real), fake])
+            both = _joined(real, fake)
             with batch_groups(2):
                 logits = self.D(both).flatten()
             real_logits, fake_logits = logits.split(logits.numel() // 2)
@@ -263,7 +266,6 @@ class AdversarialStep(_Step):
         return losses[0] + losses[1], probabilities[0], probabilities[1]
 
     def _update_g(self, fake: Tensor) -> tuple[Tensor, Tensor]:
-        self.opt_g.zero_grad(set_to_none=True)
         with _constant(self.D):
             with self._autocast():
                 logits = self.D(fake).flatten()
@@ -276,12 +278,17 @@ class AdversarialStep(_Step):
         return loss.detach(), probabilities[0]
 
 
-def _in_format_of(fake: Tensor, real: Tensor) -> Tensor:
-    """real in the dtype of fake, and in channels_last where fake is, so that they join in one
-    copy."""
-    if fake.dim() == 4 and fake.is_contiguous(memory_format=torch.channels_last):
-        return real.to(fake.dtype).contiguous(memory_format=torch.channels_last)
-    return real.to(fake.dtype)
+def _joined(real: Tensor, fake: Tensor) -> Tensor:
+    """Both as one batch in the dtype of fake, and in channels_last where fake is, in one copy."""
+    last = fake.dim() == 4 and fake.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    if not fake.is_cpu or real.shape[1:] != fake.shape[1:]:
+        return torch.cat([real.to(fake.dtype).contiguous(memory_format=memory_format), fake])
+    size = (len(real) + len(fake), *fake.shape[1:])
+    both = map_memory.empty(size, fake.dtype, memory_format)
+    both[: len(real)].copy_(real)
+    both[len(real) :].copy_(fake)
+    return both
 
 
 class ReferenceStep(_Step):

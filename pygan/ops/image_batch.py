@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, native
+from pygan.ops import dispatch, map_memory, native
 
 
 def image_batch_ref(
@@ -107,7 +107,11 @@ def image_batch(
             )
     if chosen == "torch":
         return image_batch_ref(images, index, flip, dtype)
-    out = torch.empty((index.numel(), *images.shape[1:]), dtype=dtype, device=images.device)
+    size = (index.numel(), *images.shape[1:])
+    if images.is_cpu:
+        out = map_memory.empty(size, dtype)
+    else:
+        out = torch.empty(size, dtype=dtype, device=images.device)
     flip = None if flip is None else flip.contiguous()
     (_cpu if chosen == "cpu" else _triton)(out, images, index.contiguous(), flip)
     return out.permute(0, 3, 1, 2)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, native
+from pygan.ops import dispatch, map_memory, native
 
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4}
 
@@ -143,7 +143,7 @@ def _cpu_forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and mean and invstd as ``[2, groups, C]``."""
     x, layout = _dense(x)
-    y = torch.empty_like(x)
+    y = map_memory.empty_like(x)
     statistics = _run_forward(
         x, layout, weight, bias, running_mean, running_var, settings, y=y.data_ptr()
     )
@@ -235,11 +235,11 @@ def cpu_backward(
     assert module is not None
     x, layout = _dense(x)
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
-        dy = torch.empty_like(x).copy_(dy)
+        dy = map_memory.empty_like(x).copy_(dy)
     shape = _shape(module, x, layout, settings)
     dx = None
     if wants[0]:
-        dx = dy if in_place else torch.empty_like(x)
+        dx = dy if in_place else map_memory.empty_like(x)
     dweight = torch.zeros_like(weight) if wants[1] and weight is not None else None
     dbias = torch.zeros_like(bias) if wants[2] and bias is not None else None
     scratch = torch.empty(module.norm_act_scratch(shape), dtype=torch.float64)

@@ -41,7 +41,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, native
+from pygan.ops import dispatch, map_memory, native
+from pygan.ops.matrix_product import matrix_product
 
 METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
@@ -186,7 +187,7 @@ def is_last(x: Tensor) -> bool:
 def _in_format(x: Tensor, last: bool) -> Tensor:
     if is_last(x) == last:
         return x
-    return torch.empty(x.shape, dtype=x.dtype, memory_format=_LAST if last else _FIRST).copy_(x)
+    return map_memory.empty(x.shape, x.dtype, _LAST if last else _FIRST).copy_(x)
 
 
 def run_up(
@@ -211,7 +212,7 @@ def run_up(
     assert module is not None
     small = small.contiguous(memory_format=_LAST)
     weight = weight.contiguous(memory_format=layer.weight_format)
-    big = torch.empty(layer.big_size, dtype=dtype, memory_format=_LAST)
+    big = map_memory.empty(layer.big_size, dtype, _LAST)
     module.strided_conv_up(
         kernel.shape,
         small.data_ptr(),
@@ -250,7 +251,7 @@ def run_down(
     assert module is not None
     big = big.contiguous(memory_format=_LAST)
     weight = weight.contiguous(memory_format=layer.weight_format)
-    small = torch.empty(layer.small_size, dtype=dtype, memory_format=_LAST)
+    small = map_memory.empty(layer.small_size, dtype, _LAST)
     module.strided_conv_down(
         kernel.shape,
         big.data_ptr(),
@@ -283,7 +284,7 @@ def run_weight_grad(
     assert module is not None
     small, big = small.contiguous(memory_format=_LAST), big.contiguous(memory_format=_LAST)
     size = (layer.small_size[1], layer.big_size[1], 4, 4)
-    dweight = torch.empty(size, dtype=torch.float32, memory_format=layer.weight_format)
+    dweight = map_memory.empty(size, torch.float32, layer.weight_format)
     module.strided_conv_weight_grad(
         kernel.shape,
         small.data_ptr(),
@@ -574,7 +575,7 @@ def _whole_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     last = is_last(x) or is_last(weight)
     if is_last(x):
         x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
-    y = F.linear(x.flatten(1), weight.flatten(1), bias)
+    y = matrix_product(x.flatten(1), weight.flatten(1).t(), bias)
     return y[:, None, None].permute(0, 3, 1, 2) if last else y[:, :, None, None]
 
 
@@ -586,9 +587,9 @@ def _from_point(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x = x.flatten(1)
     if not last:
         every = None if bias is None else bias.repeat_interleave(height * width)
-        return F.linear(x, weight.flatten(1).t(), every).view(-1, b, height, width)
+        return matrix_product(x, weight.flatten(1), every).view(-1, b, height, width)
     every = None if bias is None else bias.repeat(height * width)
-    y = F.linear(x, weight.permute(0, 2, 3, 1).flatten(1).t(), every)
+    y = matrix_product(x, weight.permute(0, 2, 3, 1).flatten(1), every)
     return y.view(-1, height, width, b).permute(0, 3, 1, 2)
 
 
