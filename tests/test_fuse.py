@@ -416,7 +416,7 @@ def pairs() -> nn.Sequential:
         nn.BatchNorm2d(24),
         nn.ReLU(),
         nn.Upsample(scale_factor=2),
-        nn.Conv2d(24, 16, 3, padding=1),
+        nn.Conv2d(24, 16, 3, padding=1, bias=False),
         nn.BatchNorm2d(16, 0.8),
         nn.LeakyReLU(0.2, inplace=True),
         nn.UpsamplingNearest2d(scale_factor=(2, 2)),
@@ -431,6 +431,13 @@ PAIR_ROWS = [
     "7 Upsample + 8 Conv2d + 9 BatchNorm2d + 10 LeakyReLU",
     "11 UpsamplingNearest2d + 12 Conv2d",
 ]
+
+
+def assert_near(a: list[Tensor], b: list[Tensor]) -> None:
+    """Both within the floor of float32 convolutions, 3e-6, of the same truth."""
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert (x - y).double().norm() <= 6e-6 * y.double().norm()
 
 
 def watch_folds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
@@ -462,7 +469,7 @@ def test_convolutions_beside_upsampling_and_pooling(monkeypatch: pytest.MonkeyPa
         # Large enough for the fold, too small for it, and odd.
         for shape in ((4, 3, 32, 32), (2, 3, 16, 16), (4, 3, 33, 35)):
             x = torch.randn(shape)
-            assert_same(forward_backward(plain, x), forward_backward(fused, x))
+            assert_near(forward_backward(plain, x), forward_backward(fused, x))
             assert len(calls) == 4
             calls.clear()
     assert list(plain.state_dict()) == list(fused.state_dict())
@@ -483,7 +490,7 @@ def test_copies_pickles_and_traces_of_folded_layers() -> None:
     expected = forward_backward(plain, x)
     for other in (copy.deepcopy(fused), torch.load(buffer, weights_only=False)):
         assert type(other) is FusedSequential
-        assert_same(expected, forward_backward(other, x))
+        assert_near(expected, forward_backward(other, x))
     torch.testing.assert_close(torch.fx.symbolic_trace(fused)(x), plain(x))
 
 
@@ -569,7 +576,7 @@ def test_gradient_penalty_through_folded_layers() -> None:
         penalty = (dx.flatten(1).norm(dim=1) - 1).square().mean()
         weights = [network[0].weight, network[3].weight]
         results.append(list(torch.autograd.grad(penalty, weights)))
-    assert_same(*results)
+    assert_near(*results)
 
 
 def test_folded_layers_under_autocast_keep_float32_gradients() -> None:
