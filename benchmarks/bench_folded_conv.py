@@ -177,7 +177,8 @@ def missing(name: str, device: torch.device) -> str | None:
 
 def _case(task: Task) -> Case:
     layer, precision, backward = task
-    kind = "upsampling, then convolution" if layer.conv_pass == "up" else "convolution, then pool"
+    up = layer.conv_pass == "up"
+    kind = "upsampling, then 3x3 convolution" if up else "3x3 convolution, then pooling"
     ending = "forward_backward" if backward else "forward"
 
     def build(name: str, device: torch.device) -> Call:
@@ -189,7 +190,7 @@ def _case(task: Task) -> Case:
             f"{layer.conv_pass}-{ending}-{precision}"
         ),
         about=(
-            f"{kind} 3x3, {layer.label}, {ending.replace('_', ' and ')}, {precision}, "
+            f"{kind}, {layer.label}, {ending.replace('_', ' and ')}, {precision}, "
             f"batch {layer.batch}"
         ),
         images=layer.batch,
