@@ -178,3 +178,15 @@ def strided_conv_work(
     positions = batch * size * size
     moved = positions * (small_channels + 4 * big_channels) + weights
     return Work(2.0 * positions * weights, float(moved * itemsize))
+
+
+def folded_conv_work(
+    batch: int, size: int, small_channels: int, big_channels: int, passes: int, itemsize: int
+) -> Work:
+    """A 3x3 convolution folded with an upsampling or pooling by 2: ``passes`` of the 4x4 one.
+
+    The weight has 9 taps in memory and 16 in the sums.
+    """
+    flops, moved = strided_conv_work(batch, size, small_channels, big_channels, itemsize)
+    spared = (16 - 9) * small_channels * big_channels * itemsize
+    return Work(passes * flops, passes * (moved - spared))

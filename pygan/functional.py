@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pygan.errors import UserError
+from pygan.ops import folded_conv as _folded
 from pygan.ops import gan_loss as _loss
 from pygan.ops import image_batch as _batch
 from pygan.ops import norm_act as _norm
@@ -17,11 +18,13 @@ from pygan.ops import strided_conv as _conv
 __all__ = [
     "GanLoss",
     "conv2d",
+    "conv2d_avg_pool",
     "conv_transpose2d",
     "gan_d_loss",
     "gan_g_loss",
     "image_batch",
     "norm_act",
+    "upsample_conv2d",
 ]
 
 
@@ -128,6 +131,73 @@ def conv_transpose2d(
         method=method,
         impl=impl,
     )
+
+
+def upsample_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    method: str = "auto",
+    impl: str = "auto",
+) -> Tensor:
+    """``conv2d(interpolate(input, scale_factor=2, mode="nearest"), weight, bias, padding=1)``.
+
+    On a CPU it is one 4x4 :func:`conv_transpose2d` of stride 2 with the folded weight, 16
+    multiplications in place of 36 and Winograd on top, where that is faster: the sums are the
+    same, in another order. Else the two operations of torch.
+
+    Args:
+        input: ``[N, B, H, W]``; float32 and bfloat16 run natively, autocast as :func:`conv2d`'s.
+        weight: ``[A, B, 3, 3]``; changes in place count at once.
+        bias: ``[A]`` or None.
+        method: as :func:`conv_transpose2d`'s. A named one runs for every size.
+        impl: "auto", "cpu" (the fold, for every size) or "torch".
+
+    Returns:
+        ``[N, A, 2H, 2W]`` in the dtype that torch gives, in channels_last where input or weight
+        are. Differentiable to any order.
+
+    Raises:
+        UserError: an unknown method or implementation, or one that cannot take these arguments.
+        RuntimeError: arguments that torch does not take.
+
+    Source: Odena, Dumoulin and Olah 2016, doi:10.23915/distill.00003, for the pair; its kernels as
+    :func:`conv2d`.
+    """
+    return _folded.upsample_conv2d(input, weight, bias, method=method, impl=impl)
+
+
+def conv2d_avg_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    method: str = "auto",
+    impl: str = "auto",
+) -> Tensor:
+    """``avg_pool2d(conv2d(input, weight, bias, padding=1), 2)``.
+
+    On a CPU it is one 4x4 :func:`conv2d` of stride 2 with the folded weight where that is faster,
+    as :func:`upsample_conv2d`.
+
+    Args:
+        input: ``[N, B, H, W]``, H and W of at least 2; a last odd row or column is dropped as the
+            pooling drops it.
+        weight, bias, impl: as :func:`upsample_conv2d`'s.
+        method: as :func:`conv2d`'s. A named one runs for every size.
+
+    Returns:
+        ``[N, A, H // 2, W // 2]``, as :func:`upsample_conv2d`.
+
+    Raises:
+        UserError: an unknown method or implementation, or one that cannot take these arguments.
+        RuntimeError: arguments that torch does not take.
+
+    Source: Gulrajani et al. 2017, arXiv:1704.00028, the residual blocks, for the pair; its kernels
+    as :func:`conv2d`.
+    """
+    return _folded.conv2d_avg_pool(input, weight, bias, method=method, impl=impl)
 
 
 def norm_act(

@@ -2,8 +2,8 @@
 
 A ``nn.Sequential`` keeps its children, parameters, buffers, hooks and ``state_dict``; only its
 class is exchanged for one that runs a batch norm and the activation behind it as one operation,
-and the convolutions of GANs by pygan's kernels, a convolution of images together with the ReLU or
-LeakyReLU behind it.
+and the convolutions of GANs by pygan's kernels: one of images together with the ReLU or LeakyReLU
+behind it, a 3x3 one together with the nearest upsampling before or the average pooling behind it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from pygan.errors import UserError
+from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
 from pygan.ops.norm_act import Settings, current_groups, norm_act
 from pygan.ops.norm_conv import Conv, norm_conv
 from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down
@@ -29,6 +30,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid",
 }
 PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU)
+FOLDED = ("upsample and convolution", "convolution and pool")
 
 
 @dataclass
@@ -42,7 +44,8 @@ class FuseReport:
         rows = [(name, "fused") for name in self.fused] + self.skipped
         if not rows:
             return (
-                "nothing to fuse: the module holds no batch norm and no 4x4 convolution of stride 2"
+                "nothing to fuse: the module holds no batch norm, no 4x4 convolution of stride 2, "
+                "and no 3x3 one beside a nearest upsampling or an average pooling by 2"
             )
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {what}" for name, what in rows)
@@ -117,11 +120,60 @@ def _takes_activation(layer: nn.Module) -> bool:
     return type(layer) is nn.Conv2d and _is_strided(layer) and layer.in_channels <= DIRECT_CHANNELS
 
 
+def _is_upsampling(layer: nn.Module) -> bool:
+    """Whether it is the nearest upsampling by 2 and nothing else."""
+    return (
+        type(layer) in (nn.Upsample, nn.UpsamplingNearest2d)
+        and isinstance(layer, nn.Upsample)
+        and layer.mode == "nearest"
+        and layer.size is None
+        and layer.scale_factor in (2, (2, 2))
+        and not layer.recompute_scale_factor
+        and why_opaque(layer) is None
+    )
+
+
+def _is_pool(layer: nn.Module) -> bool:
+    """Whether it is the average over windows of 2x2 and nothing else."""
+    return (
+        type(layer) is nn.AvgPool2d
+        and layer.kernel_size in (2, (2, 2))
+        and layer.stride in (2, (2, 2))
+        and layer.padding in (0, (0, 0))
+        and not layer.ceil_mode
+        and layer.divisor_override is None
+        and why_opaque(layer) is None
+    )
+
+
+def _is_same_sized(layer: nn.Module) -> bool:
+    """Whether it is a plain 3x3 convolution whose map keeps its size."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (3, 3)
+        and layer.stride == (1, 1)
+        and layer.padding == (1, 1)
+        and _why_not_convolution(layer) is None
+    )
+
+
+def _folded(layer: nn.Module, follower: nn.Module) -> str | None:
+    """Which of ``FOLDED`` the two layers are, if any."""
+    if _is_upsampling(layer) and _is_same_sized(follower):
+        return FOLDED[0]
+    return FOLDED[1] if _is_same_sized(layer) and _is_pool(follower) else None
+
+
 def _runs(layers: list[nn.Module]) -> Iterator[tuple[int, str, nn.Module | None]]:
     """Index of every layer that is called, whether it runs as an operation ("convolution",
-    "norm") or as a "module", and the activation that it takes along."""
+    "norm", one of ``FOLDED``) or as a "module", and the activation, or the second layer of those
+    folded, that it takes along."""
     i = 0
     while i < len(layers):
+        if i + 1 < len(layers) and (pair := _folded(layers[i], layers[i + 1])) is not None:
+            yield i, pair, layers[i + 1]
+            i += 2
+            continue
         kind: str = "module"
         taken: Container[type[nn.Module]] = ()
         if type(layers[i]) in BATCH_NORMS and why_opaque(layers[i]) is None:
@@ -161,6 +213,14 @@ def _convolution_layer(layer: nn.Module, activation: nn.Module | None, x: Tensor
     return conv2d(
         x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
     )
+
+
+def _folded_layers(first: nn.Module, second: nn.Module | None, x: Tensor) -> Tensor:
+    """What ``second(first(x))`` computes."""
+    if isinstance(first, nn.Conv2d):
+        return conv2d_avg_pool(x, first.weight, first.bias)
+    assert isinstance(second, nn.Conv2d)
+    return upsample_conv2d(x, second.weight, second.bias)
 
 
 def _strided(layer: nn.Module, activation: nn.Module | None) -> Conv | None:
@@ -255,6 +315,8 @@ class FusedSequential(nn.Sequential):
                 done = -1 if conv is None else at + 1
             elif kind == "convolution":
                 input = _convolution_layer(layers[i], activation, input)
+            elif kind in FOLDED:
+                input = _folded_layers(layers[i], activation, input)
             elif _is_tanh(layers[i]) and at and runs[at - 1][1:] == ("convolution", None):
                 # What a convolution puts out is nobody else's, and no gradient needs it.
                 input = torch.tanh_(input)
@@ -268,9 +330,10 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
 
     Inside a ``nn.Sequential`` batch norms run together with the ReLU, LeakyReLU, Tanh or Sigmoid
     behind them; 4x4 convolutions of stride 2 and padding 1, transposed or not, by native kernels,
-    of 1 to 4 channels together with the ReLU or LeakyReLU behind them; convolutions of a 1x1 map,
-    or to one, as products of matrices. Deep copies, pickles, ``.to``, train and eval mode and a
-    second call all work; :func:`unfuse` undoes it.
+    of 1 to 4 channels together with the ReLU or LeakyReLU behind them; 3x3 convolutions behind a
+    nearest upsampling by 2 or before an average pooling by 2 as one convolution of that kind;
+    convolutions of a 1x1 map, or to one, as products of matrices. Deep copies, pickles, ``.to``,
+    train and eval mode and a second call all work; :func:`unfuse` undoes it.
 
     Args:
         module: any network.
@@ -322,6 +385,8 @@ def _describe(
             convolution = []
         if kind == "convolution":
             title = title if _is_strided(layer) else f"{title} ({_taken_maps(layer)})"
+            convolution = [title + behind]
+        elif kind in FOLDED:
             convolution = [title + behind]
         elif kind == "norm":
             report.fused.append(" + ".join([*convolution, title]) + behind)

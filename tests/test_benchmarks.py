@@ -19,6 +19,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import (
+    bench_folded_conv,
     bench_memory,
     bench_sampling,
     bench_strided_conv,
@@ -149,6 +150,9 @@ def test_work_of_a_convolution() -> None:
     assert found.flops == 2 * 2 * count.macs
     assert found.bytes == 2 * (2 * count.moved + count.weights)
     assert work.forward_work(layer, (6, 8, 8), 2, 2) == found
+    folded = work.folded_conv_work(2, 8, 6, 5, passes=3, itemsize=2)
+    assert folded.flops == 3 * found.flops
+    assert folded.bytes == 3 * 2 * (2 * count.moved + 9 * 6 * 5)
 
 
 # Replay
@@ -763,6 +767,7 @@ def _ids() -> list[str]:
         bench_norm_act.CASES,
         bench_image_batch.CASES,
         bench_strided_conv.CASES,
+        bench_folded_conv.CASES,
         bench_sampling.CASES,
     )
     sides = [side.id for cases in modules for case in cases.values() for side in case.sides]
@@ -805,6 +810,25 @@ def test_convolutions_are_checked(
         return
     with pytest.raises(CheckFailed, match=f"ours: error of {conv_pass}"):
         bench_strided_conv.check(conv_work, ways, CPU, _conv_sides(ways))
+
+
+@pytest.mark.parametrize("conv_pass", ["up", "down"])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_folded_convolutions_are_checked(
+    conv_pass: str, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = bench_folded_conv.Layer(conv_pass, 4, 6, 8, 16)
+    task = bench_folded_conv.Task(layer, "fp32", backward=True)
+    right = bench_folded_conv.OURS[conv_pass]
+    monkeypatch.setitem(
+        bench_folded_conv.OURS, conv_pass, lambda *leaves: right(*leaves) * (1 + 1e-4 * wrong)
+    )
+    sides = _conv_sides(bench_folded_conv.SIDES)
+    if not wrong:
+        bench_folded_conv.check(task, CPU, sides)
+        return
+    with pytest.raises(CheckFailed, match="pygan contiguous: error of y"):
+        bench_folded_conv.check(task, CPU, sides)
 
 
 @pytest.mark.native

@@ -414,3 +414,187 @@ def test_traced_by_jit() -> None:
     with torch.no_grad():
         traced = torch.jit.trace(fused, x[0])
         torch.testing.assert_close(traced(x[1]), plain(x[1]))
+
+
+def pairs() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.AvgPool2d(2),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(16, 24, 3, padding=1, bias=False),
+        nn.AvgPool2d((2, 2), (2, 2)),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(24, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16, 0.8),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.UpsamplingNearest2d(scale_factor=(2, 2)),
+        nn.Conv2d(16, 3, 3, 1, 1, bias=False),
+        nn.Tanh(),
+    )
+
+
+PAIR_ROWS = [
+    "0 Conv2d + 1 AvgPool2d",
+    "3 Conv2d + 4 AvgPool2d + 5 BatchNorm2d + 6 ReLU",
+    "7 Upsample + 8 Conv2d + 9 BatchNorm2d + 10 LeakyReLU",
+    "11 UpsamplingNearest2d + 12 Conv2d",
+]
+
+
+def assert_near(a: list[Tensor], b: list[Tensor]) -> None:
+    """Both within the floor of float32 convolutions, 3e-6, of the same truth."""
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert (x - y).double().norm() <= 6e-6 * y.double().norm()
+
+
+def watch_folds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the inputs of every folded operation that is called."""
+    module = sys.modules["pygan.fuse"]
+    calls: list[tuple[int, ...]] = []
+    for name in ("upsample_conv2d", "conv2d_avg_pool"):
+
+        def watched(x: Tensor, *args: object, real: object = getattr(module, name)) -> Tensor:
+            calls.append(tuple(x.shape))
+            assert callable(real)
+            return real(x, *args)
+
+        monkeypatch.setattr(module, name, watched)
+    return calls
+
+
+def test_convolutions_beside_upsampling_and_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    plain = pairs()
+    fused = copy.deepcopy(plain)
+    report = pygan.fuse(fused, strict=True)
+    assert report.fused == PAIR_ROWS
+    assert report.skipped == []
+    calls = watch_folds(monkeypatch)
+    for training in (True, False):
+        plain.train(training)
+        fused.train(training)
+        # Large enough for the fold, too small for it, and odd.
+        for shape in ((4, 3, 32, 32), (2, 3, 16, 16), (4, 3, 33, 35)):
+            x = torch.randn(shape)
+            assert_near(forward_backward(plain, x), forward_backward(fused, x))
+            assert len(calls) == 4
+            calls.clear()
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    pygan.unfuse(fused)
+    fused(x)
+    assert calls == []
+
+
+def test_copies_pickles_and_traces_of_folded_layers() -> None:
+    torch.manual_seed(3)
+    plain = pairs().eval()
+    fused = copy.deepcopy(plain)
+    pygan.fuse(fused)
+    buffer = io.BytesIO()
+    torch.save(fused, buffer)
+    buffer.seek(0)
+    x = torch.randn(4, 3, 32, 32)
+    expected = forward_backward(plain, x)
+    for other in (copy.deepcopy(fused), torch.load(buffer, weights_only=False)):
+        assert type(other) is FusedSequential
+        assert_near(expected, forward_backward(other, x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(fused)(x), plain(x))
+
+
+@pytest.mark.parametrize("layer", [7, 8], ids=["upsampling", "convolution"])
+def test_hooks_between_folded_layers_are_honoured(
+    layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = pairs()
+    pygan.fuse(fused)
+    calls, seen = watch_folds(monkeypatch), []
+    handle = fused[layer].register_forward_hook(lambda *_: seen.append(layer))
+    fused(torch.randn(2, 3, 16, 16))
+    assert seen == [layer]
+    assert len(calls) == 3
+    assert pygan.fuse(fused).fused[2] == "9 BatchNorm2d + 10 LeakyReLU"
+    handle.remove()
+    fused(torch.randn(2, 3, 16, 16))
+    assert seen == [layer]
+    assert len(calls) == 7
+
+
+def test_what_is_not_folded() -> None:
+    class OwnUpsample(nn.Upsample):
+        pass
+
+    def conv(**change: object) -> nn.Conv2d:
+        arguments = {"kernel_size": 3, "padding": 1} | change
+        return nn.Conv2d(4, 4, **arguments)  # type: ignore[arg-type]
+
+    left = [
+        (nn.Upsample(scale_factor=2, mode="bilinear"), conv()),
+        (nn.Upsample(scale_factor=3), conv()),
+        (nn.Upsample(scale_factor=(1, 2)), conv()),
+        (nn.Upsample(size=(16, 16)), conv()),
+        (OwnUpsample(scale_factor=2), conv()),
+        (nn.Upsample(scale_factor=2), nn.ReLU()),
+        (nn.Upsample(scale_factor=2), conv(stride=2)),
+        (nn.Upsample(scale_factor=2), conv(groups=2)),
+        (nn.Upsample(scale_factor=2), conv(dilation=2)),
+        (nn.Upsample(scale_factor=2), conv(padding=0)),
+        (nn.Upsample(scale_factor=2), conv(padding_mode="reflect")),
+        (nn.Upsample(scale_factor=2), conv(kernel_size=5)),
+        (nn.Upsample(scale_factor=2), nn.utils.parametrizations.spectral_norm(conv())),
+        (conv(), nn.ReLU()),
+        (conv(), nn.AvgPool2d(3)),
+        (conv(), nn.AvgPool2d(2, 1)),
+        (conv(), nn.AvgPool2d(2, 2, 1)),
+        (conv(), nn.AvgPool2d(2, ceil_mode=True)),
+        (conv(), nn.AvgPool2d(2, divisor_override=3)),
+        (conv(), nn.MaxPool2d(2)),
+        (conv(padding_mode="circular"), nn.AvgPool2d(2)),
+    ]
+    for first, second in left:
+        network = nn.Sequential(first, second)
+        plain = copy.deepcopy(network)
+        pygan.fuse(network)
+        kinds = [kind for _, kind, _ in sys.modules["pygan.fuse"]._runs(list(network))]
+        assert not set(kinds) & set(sys.modules["pygan.fuse"].FOLDED), network
+        x = torch.randn(2, 4, 8, 8)
+        torch.testing.assert_close(network(x), plain(x))
+
+
+def test_unbatched_images_keep_torchs_meaning() -> None:
+    torch.manual_seed(3)
+    up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 5, 3, padding=1))
+    down = nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.AvgPool2d(2))
+    for plain in (up, down):
+        fused = copy.deepcopy(plain)
+        assert pygan.fuse(fused).fused
+        x = torch.randn(4, 6, 8)
+        torch.testing.assert_close(fused(x), plain(x))
+
+
+def test_gradient_penalty_through_folded_layers() -> None:
+    torch.manual_seed(4)
+    plain = nn.Sequential(*list(pairs())[:3], nn.Conv2d(16, 8, 3, padding=1), nn.AvgPool2d(2))
+    fused = copy.deepcopy(plain)
+    pygan.fuse(fused)
+    x = torch.randn(4, 3, 32, 32, requires_grad=True)
+    results = []
+    for network in (plain, fused):
+        (dx,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
+        penalty = (dx.flatten(1).norm(dim=1) - 1).square().mean()
+        weights = [network[0].weight, network[3].weight]
+        results.append(list(torch.autograd.grad(penalty, weights)))
+    assert_near(*results)
+
+
+def test_folded_layers_under_autocast_keep_float32_gradients() -> None:
+    torch.manual_seed(3)
+    fused = pairs()
+    pygan.fuse(fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fused(torch.randn(4, 3, 32, 32))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in fused.parameters())

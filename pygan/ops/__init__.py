@@ -7,6 +7,7 @@ from pygan.ops import dispatch, native
 # Fastest first, as dispatch tries them.
 _OFFERED = {
     "strided_conv": ("cpu", "torch"),
+    "folded_conv": ("cpu", "torch"),
     "norm_act": ("cpu", "torch"),
     "gan_loss": ("triton", "cpu", "torch"),
     "image_batch": ("triton", "cpu", "torch"),

@@ -412,13 +412,20 @@ def _autocast_dtype() -> torch.dtype | None:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
-def _supports_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, side: int) -> str | None:
+def _supports_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    side: int,
+    taps: tuple[int, int] = (4, 4),
+) -> str | None:
     """Reason that the kernels cannot take x, whose channels are dimension ``side`` of weight."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if (reason := dispatch.supports_cpu(*tensors)) is not None:
         return reason
-    if x.dim() != 4 or weight.dim() != 4 or weight.shape[2:] != (4, 4):
-        return f"the shapes are {tuple(x.shape)} and {tuple(weight.shape)}, not 4-D with 4x4 taps"
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[2:] != taps:
+        shapes, wanted = f"{tuple(x.shape)} and {tuple(weight.shape)}", "x".join(map(str, taps))
+        return f"the shapes are {shapes}, not 4-D with {wanted} taps"
     if x.shape[1] != weight.shape[side]:
         return f"{x.shape[1]} channels do not fit a weight of shape {tuple(weight.shape)}"
     if bias is not None and bias.shape != weight.shape[1 - side : 2 - side]:

@@ -17,7 +17,14 @@ HERE = Path(__file__).resolve().parent
 def run_again(marker: str, **environment: str) -> None:
     tests = [
         str(HERE / f"test_{name}.py")
-        for name in ("strided_conv", "norm_conv", "norm_act", "gan_loss", "image_batch")
+        for name in (
+            "strided_conv",
+            "norm_conv",
+            "folded_conv",
+            "norm_act",
+            "gan_loss",
+            "image_batch",
+        )
     ]
     done = subprocess.run(
         [
