@@ -272,23 +272,24 @@ def report(result: dict[str, Any]) -> Iterator[str]:
     yield f"last epoch: {'; '.join(verdicts)}"
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(prog=PROG, description="Quality of the samples of a run.")
-    add = parser.add_argument
+def parser() -> cli.Parser:
+    """Of the command line."""
+    found = cli.Parser(prog=PROG, description="Quality of the samples of a run.")
+    add = found.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run of pygan.train")
     add("--every-epoch", action="store_true", help="all epochs saved, not only first and last")
     add("-n", "--number", type=cli.whole_number(SORTED), default=10_000, help="samples")
     add("--bn", choices=("eval", "batch"), default="eval", help="as in pygan.sample")
     add("--seed", type=cli.whole_number(0, cli.SEED_MAX), default=0, help="of the latents")
     add("--json", type=Path, metavar="OUT", help="write the figures there as well")
-    return parser
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
 
     def body() -> int:
-        options = _parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
         result = measure(options)
         for line in report(result):
             print(line)
