@@ -115,8 +115,8 @@ class _NormConv(torch.autograd.Function):
             f = norm_act.norm_act_ref(
                 x, running_mean, running_var, norm_weight, norm_bias, settings
             )
-            conv = strided_conv.Up if up else strided_conv.Down
-            out = conv.apply(f, weight, None, ctx.layer.plain(x.dtype), ctx.last)
+            conv_pass, plain = "up" if up else "down", ctx.layer.plain(x.dtype)
+            out = strided_conv.Conv.apply(conv_pass, f, weight, None, plain, ctx.last)
             found = norm_act.differentiable_grads(
                 out, (x, norm_weight, norm_bias, weight), dy, wants[:4]
             )

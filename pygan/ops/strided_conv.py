@@ -302,89 +302,56 @@ def run_weight_grad(
 def _passes() -> tuple[Any, Any, Any]:
     """up, down and weight_grad: differentiable ones while a graph of the gradients is wanted."""
     if torch.is_grad_enabled():
-        return Up.apply, Down.apply, _WeightGrad.apply
+        up, down = (functools.partial(Conv.apply, conv_pass) for conv_pass in ("up", "down"))
+        return up, down, _WeightGrad.apply
     return run_up, run_down, run_weight_grad
 
 
-class Up(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, small: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, last: bool
-    ) -> Tensor:
-        wants = ctx.needs_input_grad
-        ctx.save_for_backward(small if wants[1] else None, weight if wants[0] else None)
-        ctx.layer, ctx.small_last = layer, is_last(small)
-        return run_up(small, weight, bias, layer, last)
+class Conv(torch.autograd.Function):
+    """``apply(conv_pass, x, weight, bias, layer, last)``: up or down, and behind down the
+    activation that its layer takes."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (small, weight), wants = ctx.saved_tensors, ctx.needs_input_grad
-        _, down, weight_grad = _passes()
-        dy = grads[0].contiguous(memory_format=_LAST)
-        return (
-            down(dy, weight, None, ctx.layer, ctx.small_last) if wants[0] else None,
-            weight_grad(small, dy, ctx.layer) if wants[1] else None,
-            dy.sum((0, 2, 3), dtype=torch.float32) if wants[2] else None,
-            None,
-            None,
-        )
-
-
-class Down(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, big: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer, last: bool
-    ) -> Tensor:
-        wants = ctx.needs_input_grad
-        ctx.save_for_backward(big if wants[1] else None, weight if wants[0] else None)
-        ctx.layer, ctx.big_last = layer, is_last(big)
-        return run_down(big, weight, bias, layer, last)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (big, weight), wants = ctx.saved_tensors, ctx.needs_input_grad
-        up, _, weight_grad = _passes()
-        dy = grads[0].contiguous(memory_format=_LAST)
-        return (
-            up(dy, weight, None, ctx.layer, ctx.big_last) if wants[0] else None,
-            weight_grad(dy, big, ctx.layer) if wants[1] else None,
-            dy.sum((0, 2, 3), dtype=torch.float32) if wants[2] else None,
-            None,
-            None,
-        )
-
-
-class _DownActivated(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        big: Tensor,
+        conv_pass: str,
+        x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         layer: _Layer,
         last: bool,
-        activation: str,
-        negative_slope: float,
+        activation: str = "none",
+        negative_slope: float = 0.0,
     ) -> Tensor:
-        wants = ctx.needs_input_grad
-        y = run_down(big, weight, bias, layer, last, activation, negative_slope)
-        ctx.save_for_backward(big if wants[1] else None, weight if wants[0] else None, y)
-        ctx.layer, ctx.big_last = layer, is_last(big)
+        _, *wants = ctx.needs_input_grad
+        if conv_pass == "up":
+            y = run_up(x, weight, bias, layer, last)
+        else:
+            y = run_down(x, weight, bias, layer, last, activation, negative_slope)
+        gate = y if activation != "none" else None
+        ctx.save_for_backward(x if wants[1] else None, weight if wants[0] else None, gate)
+        ctx.conv_pass, ctx.layer, ctx.last = conv_pass, layer, is_last(x)
         ctx.slope = negative_slope if activation == "leaky_relu" else 0.0
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (big, weight, y), wants = ctx.saved_tensors, ctx.needs_input_grad
-        up, _, weight_grad = _passes()
-        dy, gate = (t.contiguous(memory_format=_LAST) for t in (grads[0], y.detach()))
-        rest: tuple[Any, ...] = (gate, ctx.slope)
-        if wants[2] or torch.is_grad_enabled():
-            # Neither the sum for the bias nor a graph is in the kernels.
-            dy, rest = torch.ops.aten.leaky_relu_backward(dy, gate, ctx.slope, True), ()
+        (x, weight, y), (_, *wants) = ctx.saved_tensors, ctx.needs_input_grad
+        up, down, weight_grad = _passes()
+        dy = grads[0].contiguous(memory_format=_LAST)
+        gate: tuple[Any, ...] = ()
+        if y is not None:
+            gate = (y.detach().contiguous(memory_format=_LAST), ctx.slope)
+            if wants[2] or torch.is_grad_enabled():
+                # Neither the sum for the bias nor a graph is in the kernels.
+                dy, gate = torch.ops.aten.leaky_relu_backward(dy, *gate, True), ()
+        going_up = ctx.conv_pass == "up"
+        adjoint = down if going_up else up
+        maps = (x, dy) if going_up else (dy, x)
         return (
-            up(dy, weight, None, ctx.layer, ctx.big_last, *rest) if wants[0] else None,
-            weight_grad(dy, big, ctx.layer, *rest) if wants[1] else None,
+            None,
+            adjoint(dy, weight, None, ctx.layer, ctx.last, *gate) if wants[0] else None,
+            weight_grad(*maps, ctx.layer, *gate) if wants[1] else None,
             dy.sum((0, 2, 3), dtype=torch.float32) if wants[2] else None,
             *(None,) * 4,
         )
@@ -525,7 +492,7 @@ def up(
     call = prepare("up", small, weight, bias, output_padding, method=method, impl=impl)
     if call is None:
         return up_ref(small, weight, bias, output_padding)
-    return (Up.apply if torch.is_grad_enabled() else run_up)(*call)
+    return Conv.apply("up", *call) if torch.is_grad_enabled() else run_up(*call)
 
 
 def down(
@@ -545,12 +512,13 @@ def down(
     call = prepare("down", big, weight, bias, method=method, impl=impl)
     if call is None:
         return down_ref(big, weight, bias, activation, negative_slope)
-    graph = torch.is_grad_enabled()
+    extra: tuple[Any, ...] = ()
     # Below a slope of 0 the signs behind the activation do not tell those before it.
     if activation != "none" and call.layer.takes_activation and negative_slope >= 0:
-        fused = _DownActivated.apply if graph else run_down
-        return fused(*call, activation, negative_slope)
-    return _activate((Down.apply if graph else run_down)(*call), activation, negative_slope)
+        extra, activation = (activation, negative_slope), "none"
+    graph = torch.is_grad_enabled()
+    z = Conv.apply("down", *call, *extra) if graph else run_down(*call, *extra)
+    return _activate(z, activation, negative_slope)
 
 
 def _pair(size: Any) -> tuple[Any, ...]:
