@@ -303,16 +303,15 @@ class FusedSequential(nn.Sequential):
             return super().forward(input)
         layers = list(self._modules.values())
         runs = list(_runs(layers))
-        done = -1
-        for at, (i, kind, activation) in enumerate(runs):
-            if at == done:
-                continue
+        pending = iter(enumerate(runs))
+        for at, (i, kind, activation) in pending:
             if kind == "norm":
                 conv = None
                 if at + 1 < len(runs) and runs[at + 1][1] == "convolution":
                     conv = _strided(layers[runs[at + 1][0]], runs[at + 1][2])
                 input = _norm_act_layers(layers[i], activation, input, conv)
-                done = -1 if conv is None else at + 1
+                if conv is not None:
+                    next(pending)
             elif kind == "convolution":
                 input = _convolution_layer(layers[i], activation, input)
             elif kind in FOLDED:

@@ -95,14 +95,15 @@ class _NormConv(torch.autograd.Function):
         conv: Conv,
         call: Call,
     ) -> Tensor:
-        statistics, coefficients = norm_act.cpu_statistics(
-            x, norm_weight, norm_bias, running_mean, running_var, settings
+        call = call._replace(x=x, weight=weight, bias=bias)
+        y, statistics, coefficients = _forward(
+            call, norm_weight, norm_bias, running_mean, running_var, settings, conv
         )
         frozen = (None, None) if settings.training else (running_mean, running_var)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, statistics, coefficients, *frozen)
         ctx.settings, ctx.layer, ctx.last = settings, call.layer, call.last
         ctx.up = conv.conv_pass == "up"
-        return _run(call._replace(x=x, weight=weight, bias=bias), settings, conv, coefficients)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,12 +138,24 @@ class _NormConv(torch.autograd.Function):
         return (*through, dweight, dbias, *(None,) * 5)
 
 
-def _run(call: Call, settings: Settings, conv: Conv, coefficients: Tensor) -> Tensor:
+def _forward(
+    call: Call,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Settings,
+    conv: Conv,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the statistics and coefficients of ``norm_act.cpu_statistics``."""
+    found = norm_act.cpu_statistics(
+        call.x, norm_weight, norm_bias, running_mean, running_var, settings
+    )
     slope = _slope(settings)
     assert slope is not None
     if conv.conv_pass == "up":
-        return strided_conv.run_up(*call, None, slope, coefficients)
-    return strided_conv.run_down(*call, "none", slope, coefficients)
+        return strided_conv.run_up(*call, None, slope, found[1]), *found
+    return strided_conv.run_down(*call, "none", slope, found[1]), *found
 
 
 def norm_conv(
@@ -164,10 +177,7 @@ def norm_conv(
             return strided_conv.up(y, conv.weight, conv.bias, conv.output_padding)
         return strided_conv.down(y, *conv[1:3], conv.activation, conv.negative_slope)
     if not torch.is_grad_enabled():
-        _, coefficients = norm_act.cpu_statistics(
-            x, weight, bias, running_mean, running_var, settings
-        )
-        return _run(call, settings, conv, coefficients)
+        return _forward(call, weight, bias, running_mean, running_var, settings, conv)[0]
     return _NormConv.apply(
         x, weight, bias, call.weight, call.bias, running_mean, running_var, settings, conv, call
     )

@@ -190,6 +190,11 @@ def _in_format(x: Tensor, last: bool) -> Tensor:
     return map_memory.empty(x.shape, x.dtype, _LAST if last else _FIRST).copy_(x)
 
 
+def _norm_of(coefficients: Tensor | None) -> tuple[int, int]:
+    """Address and groups of a normalized map's coefficients, as the kernels take them."""
+    return (0, 0) if coefficients is None else (coefficients.data_ptr(), coefficients.shape[0])
+
+
 def run_up(
     small: Tensor,
     weight: Tensor,
@@ -217,8 +222,7 @@ def run_up(
         kernel.shape,
         small.data_ptr(),
         native.address(gate),
-        native.address(coefficients),
-        0 if coefficients is None else coefficients.shape[0],
+        *_norm_of(coefficients),
         negative_slope,
         weight.data_ptr(),
         native.address(bias),
@@ -255,8 +259,7 @@ def run_down(
     module.strided_conv_down(
         kernel.shape,
         big.data_ptr(),
-        native.address(coefficients),
-        0 if coefficients is None else coefficients.shape[0],
+        *_norm_of(coefficients),
         weight.data_ptr(),
         native.address(bias),
         ACTIVATIONS[activation],
@@ -289,8 +292,7 @@ def run_weight_grad(
         kernel.shape,
         small.data_ptr(),
         native.address(gate),
-        native.address(coefficients),
-        0 if coefficients is None else coefficients.shape[0],
+        *_norm_of(coefficients),
         negative_slope,
         big.data_ptr(),
         dweight.data_ptr(),
