@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -272,32 +272,47 @@ def report(result: dict[str, Any]) -> Iterator[str]:
     yield f"last epoch: {'; '.join(verdicts)}"
 
 
-def parser() -> cli.Parser:
-    """Of the command line."""
-    found = cli.Parser(prog=PROG, description="Quality of the samples of a run.")
-    add = found.add_argument
+def command_line() -> cli.Parser:
+    """The options that :func:`measure` takes."""
+    parser = cli.Parser(prog=PROG, description="Quality of the samples of a run.")
+    add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run of pygan.train")
     add("--every-epoch", action="store_true", help="all epochs saved, not only first and last")
     add("-n", "--number", type=cli.whole_number(SORTED), default=10_000, help="samples")
     add("--bn", choices=("eval", "batch"), default="eval", help="as in pygan.sample")
     add("--seed", type=cli.whole_number(0, cli.SEED_MAX), default=0, help="of the latents")
     add("--json", type=Path, metavar="OUT", help="write the figures there as well")
-    return found
+    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Puts the figures of a command into a JSON file."""
+    replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def run_command(
+    parser: cli.Parser,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    report: Callable[[dict[str, Any]], Iterator[str]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Measures, prints the report, writes ``--json`` where asked; the exit status."""
 
     def body() -> int:
-        options = parser().parse_args(arguments)
+        options = parser.parse_args(arguments)
         result = measure(options)
         for line in report(result):
             print(line)
         if options.json:
-            replace_file(options.json, (json.dumps(result, indent=1) + "\n").encode())
+            write(options.json, result)
         return 0
 
-    return cli.run(PROG, body)
+    return cli.run(parser.prog, body)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    return run_command(command_line(), measure, report, arguments)
 
 
 if __name__ == "__main__":

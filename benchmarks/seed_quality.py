@@ -19,20 +19,17 @@ from typing import Any
 
 from benchmarks import sample_quality
 from pygan import cli
-from pygan.run import replace_file
 
 PROG = "python -m benchmarks.seed_quality"
 WAYS = {"fused": ["--fused"], "unfused": []}
 
 
 def train(run: Path, seed: int, flags: Sequence[str]) -> None:
-    """The default run, unless the folder holds it already.
+    """The default run.
 
     Raises:
         RuntimeError: it failed; with what it printed.
     """
-    if (run / "quality.json").exists():
-        return
     command = [sys.executable, "-m", "pygan.train", "--amp", "bf16", "--seed", str(seed)]
     command += ["--outf", str(run), "--overwrite", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -40,12 +37,13 @@ def train(run: Path, seed: int, flags: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
 
 
-def distance(run: Path) -> float:
-    """Of the samples of the last epoch; kept beside the run."""
+def distance(run: Path, seed: int, flags: Sequence[str]) -> float:
+    """Of the samples of the last epoch. Kept beside the run, which is not trained again then."""
     kept = run / "quality.json"
     if not kept.exists():
-        result = sample_quality.measure(sample_quality.parser().parse_args([str(run)]))
-        replace_file(kept, (json.dumps(result, indent=1) + "\n").encode())
+        train(run, seed, flags)
+        options = sample_quality.command_line().parse_args([str(run)])
+        sample_quality.write(kept, sample_quality.measure(options))
     return float(json.loads(kept.read_text())["epochs"][-1]["distance"])
 
 
@@ -91,26 +89,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, dict[int, float]] = {way: {} for way in WAYS}
     for seed in options.seeds:
         for way, flags in WAYS.items():
-            run = options.runs / f"{way}-{seed}"
-            train(run, seed, flags)
-            found[way][seed] = distance(run)
+            found[way][seed] = distance(options.runs / f"{way}-{seed}", seed, flags)
             print(f"{way}, seed {seed}: {found[way][seed]:.2f}", file=sys.stderr, flush=True)
     return summary(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-
-    def body() -> int:
-        options = _parser().parse_args(arguments)
-        result = measure(options)
-        for line in report(result):
-            print(line)
-        if options.json:
-            replace_file(options.json, (json.dumps(result, indent=1) + "\n").encode())
-        return 0
-
-    return cli.run(PROG, body)
+    return sample_quality.run_command(_parser(), measure, report, arguments)
 
 
 if __name__ == "__main__":
