@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate_convolution
+from differentiated import differentiated
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -88,22 +89,10 @@ def run(
     values = make(case)
     if wide:
         values = {k: v.double() for k, v in values.items()}
-    leaves = {
-        k: values[k].detach().requires_grad_() for k in ("x", "weight", "bias") if k in values
-    }
     autocast = case.dtype != case.weight_dtype and not wide
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = call(case, values | leaves, impl, method)
-    dy = values["dy"].requires_grad_(second)
-    grads = torch.autograd.grad(y, list(leaves.values()), dy, create_graph=second)
-    result = {"y": y.detach()}
-    result |= {f"d{k}": v.detach() for k, v in zip(leaves, grads, strict=True)}
-    if second:
-        objective = (grads[0] * values["ddx"]).sum() + (grads[1] * values["ddweight"]).sum()
-        inputs = [leaves["x"], leaves["weight"], dy]
-        twice = torch.autograd.grad(objective, inputs)
-        result |= {f"d2{k}": v for k, v in zip(("x", "weight", "dy"), twice, strict=True)}
-    return result
+    return differentiated(
+        lambda given: call(case, given, impl, method), values, autocast=autocast, second=second
+    )
 
 
 def check(case: Case, methods: Sequence[str] = ("auto",), second: bool = False) -> None:

@@ -15,6 +15,7 @@ from accuracy import (
     assert_accurate_convolution,
     relative_error,
 )
+from differentiated import differentiated
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -134,24 +135,12 @@ def run(
     values = make(case)
     if wide:
         values = {k: v.double() for k, v in values.items()}
-    leaves = {
-        k: values[k].detach().requires_grad_() for k in ("x", "weight", "bias") if k in values
-    }
     autocast = case.dtype != case.weight_dtype and not wide
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = call(case, values | leaves, impl, method)
-    dy = values["dy"].requires_grad_(second)
-    grads = torch.autograd.grad(y, list(leaves.values()), dy, create_graph=second)
-    result = {"y": y.detach()}
-    result |= {f"d{k}": v.detach() for k, v in zip(leaves, grads, strict=True)}
-    if second:
-        # A gradient penalty: a function of dx and dweight, by everything they depend on.
-        objective = (grads[0] * values["ddx"]).sum() + (grads[1] * values["ddweight"]).sum()
-        inputs = [leaves["x"], leaves["weight"], dy]
-        twice = torch.autograd.grad(objective, inputs)
-        result |= {f"d2{k}": v for k, v in zip(("x", "weight", "dy"), twice, strict=True)}
-        if case.activation != "none":
-            result["d2dy"] = result["d2dy"] * (dy != 0)
+    result = differentiated(
+        lambda given: call(case, given, impl, method), values, autocast=autocast, second=second
+    )
+    if second and case.activation != "none":
+        result["d2dy"] = result["d2dy"] * (values["dy"] != 0)
     return result
 
 
