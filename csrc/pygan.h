@@ -49,7 +49,7 @@ struct NormActForward {
   double eps, momentum;
   float* running_mean;  // [channels] or null
   float* running_var;   // [channels] or null
-  void* y;              // or null
+  void* y;              // or null, as in training for the statistics alone
   float* mean;          // [groups, channels]
   float* invstd;        // [groups, channels]
   float* coefficients;  // [groups, 3, channels] mean, invstd * weight, bias; or null

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from pygan import layers as _layers
 from pygan.errors import UserError
+from pygan.known_operations import may_enter
 from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
 from pygan.ops.norm_act import Settings, current_groups, norm_act
 from pygan.ops.norm_conv import Conv, norm_conv
-from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down
+from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, is_last
+from pygan.pending import Map, Observed, Readers, format_of, hand_on, in_last, plain, taken_in
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -54,8 +58,8 @@ class FuseReport:
 def why_opaque(layer: nn.Module) -> str | None:
     """Why a layer has to be called as a module (something may watch or replace the call)."""
     if (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
+        any(hook is not _hand_out for hook in layer._forward_hooks.values())
+        or any(hook is not _take_in for hook in layer._forward_pre_hooks.values())
         or layer._backward_hooks
         or layer._backward_pre_hooks
     ):
@@ -288,10 +292,36 @@ def _one_group(
     return norm_act(x, *running, norm.weight, norm.bias, **settings._asdict())
 
 
+# What does the same to a map in any layout.
+_LAYOUT_FREE = (
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.Identity,
+    nn.Upsample,
+    nn.UpsamplingNearest2d,
+    nn.UpsamplingBilinear2d,
+    nn.PixelShuffle,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.ZeroPad2d,
+    nn.ReflectionPad2d,
+    nn.ReplicationPad2d,
+)
+
+
 class FusedSequential(nn.Sequential):
     """A ``nn.Sequential`` that runs each batch norm with the activation behind it, and with a
     strided convolution behind both, and convolutions that pygan has a faster form of by that,
-    those of images with theirs.
+    those of images with theirs. Contiguous maps go through it in channels_last where it convolves
+    them.
 
     Hooks are looked for at every call, so one that is added later is honoured. While something
     traces or compiles the module it is a plain ``nn.Sequential``.
@@ -299,12 +329,19 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if traced or type(input) is not Tensor or _globally_hooked():
+        known = type(input) is Tensor or isinstance(input, Observed)
+        if traced or not known or _globally_hooked():
             return super().forward(input)
         layers = list(self._modules.values())
         runs = list(_runs(layers))
+        shown = _shown(input, layers)
         pending = iter(enumerate(runs))
         for at, (i, kind, activation) in pending:
+            if kind == "module":
+                before = runs[at - 1][1:] if at else None
+                input = self._called(i, layers[i], input, shown, before == ("convolution", None))
+                continue
+            input = _opened(input, shown)
             if kind == "norm":
                 conv = None
                 if at + 1 < len(runs) and runs[at + 1][1] == "convolution":
@@ -314,14 +351,68 @@ class FusedSequential(nn.Sequential):
                     next(pending)
             elif kind == "convolution":
                 input = _convolution_layer(layers[i], activation, input)
-            elif kind in FOLDED:
-                input = _folded_layers(layers[i], activation, input)
-            elif _is_tanh(layers[i]) and at and runs[at - 1][1:] == ("convolution", None):
-                # What a convolution puts out is nobody else's, and no gradient needs it.
-                input = torch.tanh_(input)
             else:
-                input = layers[i](input)
-        return input
+                input = _folded_layers(layers[i], activation, input)
+        return self._shown(input, shown, "output")
+
+    def _called(
+        self,
+        i: int,
+        layer: nn.Module,
+        input: Tensor,
+        shown: torch.memory_format | None,
+        own: bool,
+    ) -> Tensor:
+        """A layer that is called as a module; ``own`` tells that nobody else reads its input."""
+        if _is_tanh(layer) and own and type(input) is Tensor:
+            # What a convolution puts out is nobody else's, and no gradient needs it.
+            return torch.tanh_(input)
+        if type(layer) not in _LAYOUT_FREE or layer._forward_hooks or layer._forward_pre_hooks:
+            input = self._shown(input, shown, i)
+        return layer(input)
+
+    def _shown(self, x: Tensor, shown: torch.memory_format | None, reader: Any) -> Tensor:
+        """The map as others may see it."""
+        if shown is None or type(x) is not Tensor or x.dim() != 4:
+            return x
+        if "_readers" not in vars(self):
+            self._readers = Readers()
+        return hand_on(Map(x), x.shape, shown, self._readers.of(reader))
+
+
+def _shown(input: Tensor, layers: list[nn.Module]) -> torch.memory_format | None:
+    """The layout to show of maps that go through the layers in channels_last, or None where they
+    go through as they come."""
+    if isinstance(input, Observed):
+        return input.format
+    if not may_enter(input) or input.dim() != 4 or not input.is_contiguous():
+        return None
+    weights = [layer.weight for layer in layers if isinstance(layer, CONVOLUTIONS)]
+    if not weights or any(type(w) is nn.Parameter and is_last(w) for w in weights):
+        return None
+    return torch.contiguous_format
+
+
+def _opened(x: Tensor, shown: torch.memory_format | None) -> Tensor:
+    if isinstance(x, Observed):
+        x = x.value()
+    return x if shown is None or x.dim() != 4 else in_last(x)
+
+
+def _take_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A forward pre-hook of the module that was fused: operations on its maps are taken over."""
+    if not args or not may_enter(args[0]) or args[0].dim() != 4 or args[0].shape[2:].numel() == 1:
+        return None
+    format = format_of(args[0])
+    if format is None or _globally_hooked():
+        return None
+    readers = vars(module).setdefault("_readers", Readers())
+    return (taken_in(args[0], format, readers.of("input")), *args[1:])
+
+
+def _hand_out(module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook of the module that was fused: others get plain tensors."""
+    return None if type(output) is Tensor else plain(output)
 
 
 def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
@@ -355,15 +446,33 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
         _describe(name, container, inside, report)
         if len(report.fused) > before:
             containers.append(container)
+    leaves: list[nn.Module] = []
     for name, layer in module.named_modules():
-        if (isinstance(layer, BATCH_NORMS) or _is_strided(layer)) and layer not in inside:
-            report.skipped.append((name, "it is not called by a nn.Sequential"))
+        if layer in inside or not _is_leaf(layer):
+            continue
+        title = f"{name} {type(layer).__name__}" if name else type(layer).__name__
+        if type(layer) in _layers.EXCHANGED or type(layer) in _layers.EXCHANGED.values():
+            leaves.append(layer)
+            report.fused.append(f"{title} (with what follows it)")
+        else:
+            report.skipped.append((title, f"{type(layer).__name__} is a class of its own"))
     if strict and report.skipped:
         name, reason = report.skipped[0]
         raise UserError(f"{name} cannot be fused: {reason}; pass strict=False to leave it")
     for container in containers:
         container.__class__ = FusedSequential
+    for layer in leaves:
+        layer.__class__ = _layers.EXCHANGED.get(type(layer), type(layer))
+    if report.fused and _hand_out not in module._forward_hooks.values():
+        module.register_forward_hook(_hand_out, prepend=True)
+        module.register_forward_pre_hook(_take_in)
     return report
+
+
+def _is_leaf(layer: nn.Module) -> bool:
+    """Whether a layer outside a ``nn.Sequential`` may run with what follows it, or by a kernel."""
+    norms = isinstance(layer, (*BATCH_NORMS, *_layers.INSTANCE_NORMS))
+    return norms or _is_strided(layer) or (_is_dense(layer) and type(layer) in CONVOLUTIONS)
 
 
 def _describe(
@@ -410,10 +519,18 @@ def _taken_maps(layer: nn.Module) -> str:
 
 
 def unfuse(module: nn.Module) -> None:
-    """Undoes :func:`fuse`: every container is a plain ``nn.Sequential`` again."""
-    for container in module.modules():
-        if type(container) is FusedSequential:
-            container.__class__ = nn.Sequential  # type: ignore[assignment]
+    """Undoes :func:`fuse`: every layer is of torch's own class again."""
+    plain_classes = {fused: own for own, fused in _layers.EXCHANGED.items()}
+    for layer in module.modules():
+        own = nn.Sequential if type(layer) is FusedSequential else plain_classes.get(type(layer))
+        if own is not None:
+            layer.__class__ = own  # type: ignore[assignment]
+            vars(layer).pop("_readers", None)
+        for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if hook in (_hand_out, _take_in):
+                    del hooks[key]
+                    vars(layer).pop("_readers", None)
 
 
 _SAMPLE_WISE = (
@@ -447,6 +564,8 @@ _SAMPLE_WISE = (
     nn.ReplicationPad2d,
     nn.LayerNorm,
     nn.GroupNorm,
+    _layers.Conv2d,
+    _layers.ConvTranspose2d,
 )
 
 

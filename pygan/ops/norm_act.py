@@ -140,14 +140,24 @@ def _cpu_forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     settings: Settings,
+    given: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y, and mean and invstd as ``[2, groups, C]``."""
+    """y, and mean and invstd as ``[2, groups, C]``, ``given`` or of x."""
     x, layout = _dense(x)
     y = map_memory.empty_like(x)
     statistics = _run_forward(
-        x, layout, weight, bias, running_mean, running_var, settings, y=y.data_ptr()
+        x, layout, weight, bias, running_mean, running_var, settings, y=y.data_ptr(), given=given
     )
     return y, statistics
+
+
+def statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, settings: Settings
+) -> Tensor:
+    """Mean and invstd of x as ``[2, groups, C]``, for ``given`` of :func:`norm_act`; the running
+    statistics follow them. For what ``supports_cpu`` takes."""
+    x, layout = _dense(x.detach())
+    return _run_forward(x, layout, None, None, running_mean, running_var, settings)
 
 
 def cpu_statistics(
@@ -157,9 +167,10 @@ def cpu_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     settings: Settings,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and invstd as ``[2, groups, C]``, and as ``[groups, 3, C]`` what turns a channels_last
-    x into z: mean, scale and shift. Running statistics follow as ever."""
+    """Mean and invstd as ``[2, groups, C]``, ``given`` or of x, and as ``[groups, 3, C]`` what
+    turns a channels_last x into z: mean, scale and shift. Running statistics follow those of x."""
     coefficients = torch.empty((settings.groups, 3, x.shape[1]))
     statistics = _run_forward(
         x,
@@ -170,6 +181,7 @@ def cpu_statistics(
         running_var,
         settings,
         coefficients=coefficients.data_ptr(),
+        given=given,
     )
     return statistics, coefficients
 
@@ -185,12 +197,15 @@ def _run_forward(
     *,
     y: int = 0,
     coefficients: int = 0,
+    given: Tensor | None = None,
 ) -> Tensor:
     module = native.load()
     assert module is not None
     shape = _shape(module, x, layout, settings)
-    training, address = settings.training, native.address
-    if training:
+    training, address = settings.training and given is None, native.address
+    if given is not None:
+        statistics = given
+    elif training:
         statistics = torch.empty((2, settings.groups, x.shape[1]))
     else:
         assert running_mean is not None and running_var is not None
@@ -271,8 +286,9 @@ class _NormAct(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         settings: Settings,
+        given: Tensor | None,
     ) -> Tensor:
-        y, statistics = _cpu_forward(x, weight, bias, running_mean, running_var, settings)
+        y, statistics = _cpu_forward(x, weight, bias, running_mean, running_var, settings, given)
         frozen = (None, None) if settings.training else (running_mean, running_var)
         ctx.save_for_backward(x, weight, bias, statistics, *frozen)
         ctx.settings = settings
@@ -284,9 +300,9 @@ class _NormAct(torch.autograd.Function):
         wants = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             y = norm_act_ref(x, running_mean, running_var, weight, bias, ctx.settings)
-            return (*differentiable_grads(y, (x, weight, bias), grads[0], wants), None, None, None)
+            return (*differentiable_grads(y, (x, weight, bias), grads[0], wants), *(None,) * 4)
         found = cpu_backward(x, grads[0], weight, bias, statistics, wants, ctx.settings)
-        return (*found, None, None, None)
+        return (*found, *(None,) * 4)
 
 
 def differentiable_grads(
@@ -312,19 +328,21 @@ def norm_act(
     negative_slope: float = 0.2,
     groups: int = 1,
     impl: str = "auto",
+    given: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`pygan.functional.norm_act`."""
+    """See :func:`pygan.functional.norm_act`. With ``given``, from :func:`statistics` of x, the
+    running statistics have followed already; only the kernels take it."""
     settings = checked_settings(
         x,
         running_mean,
         running_var,
         Settings(training, momentum, eps, activation, negative_slope, groups),
     )
-    if _chosen(impl, x, weight, bias, running_mean, running_var) == "torch":
+    if given is None and _chosen(impl, x, weight, bias, running_mean, running_var) == "torch":
         return norm_act_ref(x, running_mean, running_var, weight, bias, settings)
     if torch.is_grad_enabled():
-        return _NormAct.apply(x, weight, bias, running_mean, running_var, settings)
-    return _cpu_forward(x, weight, bias, running_mean, running_var, settings)[0]
+        return _NormAct.apply(x, weight, bias, running_mean, running_var, settings, given)
+    return _cpu_forward(x, weight, bias, running_mean, running_var, settings, given)[0]
 
 
 def checked_settings(

@@ -94,10 +94,11 @@ class _NormConv(torch.autograd.Function):
         settings: Settings,
         conv: Conv,
         call: Call,
+        given: Tensor | None,
     ) -> Tensor:
         call = call._replace(x=x, weight=weight, bias=bias)
         y, statistics, coefficients = _forward(
-            call, norm_weight, norm_bias, running_mean, running_var, settings, conv
+            call, norm_weight, norm_bias, running_mean, running_var, settings, conv, given
         )
         frozen = (None, None) if settings.training else (running_mean, running_var)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, statistics, coefficients, *frozen)
@@ -121,7 +122,7 @@ class _NormConv(torch.autograd.Function):
             found = norm_act.differentiable_grads(
                 out, (x, norm_weight, norm_bias, weight), dy, wants[:4]
             )
-            return (*found, dbias, *(None,) * 5)
+            return (*found, dbias, *(None,) * 6)
         through: tuple[Tensor | None, ...] = (None,) * 3
         if any(wants[:3]):
             adjoint = strided_conv.run_down if up else strided_conv.run_up
@@ -135,7 +136,7 @@ class _NormConv(torch.autograd.Function):
             dweight = strided_conv.run_weight_grad(
                 small, big, ctx.layer, None, _slope(settings) or 0.0, coefficients
             )
-        return (*through, dweight, dbias, *(None,) * 5)
+        return (*through, dweight, dbias, *(None,) * 6)
 
 
 def _forward(
@@ -146,10 +147,11 @@ def _forward(
     running_var: Tensor | None,
     settings: Settings,
     conv: Conv,
+    given: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the statistics and coefficients of ``norm_act.cpu_statistics``."""
     found = norm_act.cpu_statistics(
-        call.x, norm_weight, norm_bias, running_mean, running_var, settings
+        call.x, norm_weight, norm_bias, running_mean, running_var, settings, given
     )
     slope = _slope(settings)
     assert slope is not None
@@ -166,18 +168,31 @@ def norm_conv(
     bias: Tensor | None,
     settings: Settings,
     conv: Conv,
+    given: Tensor | None = None,
 ) -> Tensor:
     """``conv`` of ``norm_act`` of x, as one operation where the kernels take both, which is in
-    channels_last, else one after the other."""
+    channels_last, else one after the other; ``given`` as in ``norm_act``."""
     settings = norm_act.checked_settings(x, running_mean, running_var, settings)
     call = _prepared(x, (weight, bias, running_mean, running_var), settings, conv)
     if call is None:
-        y = norm_act.norm_act(x, running_mean, running_var, weight, bias, **settings._asdict())
+        y = norm_act.norm_act(
+            x, running_mean, running_var, weight, bias, **settings._asdict(), given=given
+        )
         if conv.conv_pass == "up":
             return strided_conv.up(y, conv.weight, conv.bias, conv.output_padding)
         return strided_conv.down(y, *conv[1:3], conv.activation, conv.negative_slope)
     if not torch.is_grad_enabled():
-        return _forward(call, weight, bias, running_mean, running_var, settings, conv)[0]
+        return _forward(call, weight, bias, running_mean, running_var, settings, conv, given)[0]
     return _NormConv.apply(
-        x, weight, bias, call.weight, call.bias, running_mean, running_var, settings, conv, call
+        x,
+        weight,
+        bias,
+        call.weight,
+        call.bias,
+        running_mean,
+        running_var,
+        settings,
+        conv,
+        call,
+        given,
     )

@@ -1,0 +1,384 @@
+"""Tensors whose values are made when somebody reads them.
+
+Layers of other people's code hand maps on one by one, in the layout the script chose. Inside a
+fused module they hand on a :class:`Pending` tensor instead: to everybody a tensor of the right
+shape, type, layout and gradient, which remembers how its values come about. Where the next reader
+is an operation that pygan knows, both run as one, or on the map in channels_last; any other reader
+gets the values, made at that moment. So nothing has to be known about a network's code beforehand:
+whatever it does with a map is right, and what it does usually is fast.
+
+A tensor without values has no memory that foreign code could look at. So a layer hands one on only
+after its first call has shown a reader that can do with that (:class:`Readers`); the first time it
+hands on an :class:`Observed` tensor, which holds its values and sees who reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pygan.ops import norm_act, norm_conv
+from pygan.ops.folded_conv import conv2d_avg_pool
+from pygan.ops.norm_act import Settings
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Readers:
+    """What reads the output of one place in a network, as its first call shows."""
+
+    __slots__ = ("after", "asked", "known", "others")
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.known = False  # an operation that takes a pending tensor
+        self.others = False  # one that needs the values
+        self.after: dict[Any, Readers] = {}
+
+    def of(self, operation: Any) -> Readers:
+        """Those of what ``operation`` makes of that output."""
+        return self.after.setdefault(operation, Readers())
+
+    def __reduce__(self) -> tuple[type[Readers], tuple[()]]:
+        return Readers, ()  # a copy sees for itself
+
+
+class Map:
+    """Values that exist, in a layout that may not be the one shown."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+
+    def value(self) -> Tensor:
+        return self._value
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Tensors that the values follow from, for their gradients."""
+        return (self._value,)
+
+
+class Normed:
+    """``activation(batch_norm(x))`` of statistics that are taken already."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        running: tuple[Tensor | None, Tensor | None],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        settings: Settings,
+        given: Tensor | None = None,
+    ) -> None:
+        self._arguments = (x, *running, weight, bias)
+        self._versions = _versions(self._arguments)
+        self.settings = settings
+        self._given = given
+        self._made: Tensor | None = None
+        if settings.training and given is None:
+            self._given = norm_act.statistics(x, *running, settings)
+            self._versions = _versions(self._arguments)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        x, _, _, weight, bias = self._arguments
+        return tuple(t for t in (x, weight, bias) if t is not None)
+
+    def activated(self, activation: str, negative_slope: float) -> Normed:
+        """With an activation behind it."""
+        x, mean, var, weight, bias = self._arguments
+        settings = self.settings._replace(activation=activation, negative_slope=negative_slope)
+        return Normed(x, (mean, var), weight, bias, settings, self._given)
+
+    def convolved(self, conv: norm_conv.Conv) -> Tensor | None:
+        """With a strided convolution behind it; None where the values are there already."""
+        if self._made is not None:
+            return None
+        _check(self, "batch norm")
+        return norm_conv.norm_conv(*self._arguments, self.settings, conv, self._given)
+
+    def value(self) -> Tensor:
+        if self._made is None:
+            _check(self, "batch norm")
+            self._made = norm_act.norm_act(
+                *self._arguments, **self.settings._asdict(), given=self._given
+            )
+        return self._made
+
+
+class Upsampled:
+    """The nearest upsampling by 2 of a map."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self._made: Tensor | None = None
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.x,)
+
+    def value(self) -> Tensor:
+        if self._made is None:
+            self._made = torch.nn.functional.interpolate(self.x, scale_factor=2.0)
+        return self._made
+
+
+class Convolved:
+    """A 3x3 convolution whose map keeps its size."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self._arguments = (x, weight, bias)
+        self._versions = _versions(self._arguments)
+        self._made: Tensor | None = None
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in self._arguments if t is not None)
+
+    def pooled(self) -> Tensor | None:
+        """With an average pooling by 2 behind it; None where the values are there already."""
+        if self._made is not None:
+            return None
+        _check(self, "convolution")
+        return conv2d_avg_pool(*self._arguments)
+
+    def value(self) -> Tensor:
+        if self._made is None:
+            _check(self, "convolution")
+            self._made = torch.nn.functional.conv2d(*self._arguments, padding=1)
+        return self._made
+
+
+Source = Map | Normed | Upsampled | Convolved
+
+
+def _check(source: Normed | Convolved, what: str) -> None:
+    if _versions(source._arguments) != source._versions:
+        raise RuntimeError(
+            f"what a fused {what} reads was changed in place before its output was read; "
+            "read it earlier, or call pygan.unfuse(module)"
+        )
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None or t.is_inference() else t._version for t in tensors]
+
+
+# What torch functions do with such tensors: handler(first, function, args, kwargs), where the
+# first tensor among the arguments that is Observed decides; filled by pygan.known_operations.
+Handler = Callable[["Observed", Any, tuple[Any, ...], dict[str, Any]], Any]
+HANDLERS: dict[Any, Handler] = {}
+
+# Questions that the tensor answers without its values.
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "is_cpu", "layout", "names")
+_QUESTIONS = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.__len__),
+    *(Tensor.__hash__, Tensor.get_device, Tensor.element_size),
+    *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.requires_grad.__get__),
+}
+
+
+class Observed(Tensor):
+    """A tensor with its values, and with who read it."""
+
+    source: Source
+    readers: Readers
+    format: torch.memory_format
+    shown: Tensor | None  # the values in the layout shown
+    lent: bool  # whether another source still has to read the values as they are now
+    promised: list[Source]  # what a gradient that comes by autograd's own means goes through
+    _modes: tuple[bool, bool]  # grad and autocast, in which the source was made
+
+    def read(self) -> Tensor:
+        """The values as a plain tensor in the layout shown, always the same one."""
+        self.readers.others = True
+        if self.shown is None:
+            graph, autocast = self._modes
+            with torch.set_grad_enabled(graph), torch.autocast("cpu", enabled=autocast):
+                value = self.source.value()
+                self.shown = value.contiguous(memory_format=self.format)
+        return self.shown
+
+    def become(self, source: Source) -> None:
+        """Takes other values, as an operation in place gives them."""
+        self.source, self.shown, self.lent = source, None, False
+        self.promised[0] = source
+
+    def value(self) -> Tensor:
+        """The values in any layout, for an operation that is known."""
+        self.readers.known = True
+        return self.source.value() if self.shown is None else self.shown
+
+    def fresh(self) -> Source | None:
+        """The source, where nobody has read the values yet."""
+        self.readers.known = True
+        return self.source if self.shown is None else None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _QUESTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            first = args[0] if args and isinstance(args[0], Observed) else _first(args, kwargs)
+            result = handler(first, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*plain(args), **plain(kwargs))
+        # What changes a tensor in place gives that tensor back.
+        for given in args[:1]:
+            if isinstance(given, Observed) and result is given.shown and result is not None:
+                if getattr(func, "__name__", "").rstrip("_") != func.__name__:
+                    given.become(Map(result))
+                    given.shown = result
+                    return given
+        return result
+
+
+class Pending(Observed):
+    """A tensor whose values are yet to be made."""
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Only what does not ask __torch_function__ gets here, below autograd: the body of an
+        # autograd.Function, say, whose gradient arrives in _Promise.
+        return func(*_detached(args), **_detached(kwargs or {}))
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observed:
+    for leaf in torch.utils._pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Observed):
+            return leaf
+    raise AssertionError("called without such a tensor")
+
+
+def plain(values: Any) -> Any:
+    """The same with plain tensors, which hold their values, in nested tuples, lists and dicts."""
+    if isinstance(values, Observed):
+        return values.read()
+    if type(values) in (tuple, list):
+        return type(values)(plain(value) for value in values)
+    if type(values) is dict:
+        return {name: plain(value) for name, value in values.items()}
+    if isinstance(values, (tuple, list, dict)):
+        return torch.utils._pytree.tree_map_only(Observed, Observed.read, values)
+    return values
+
+
+def _detached(values: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Observed, lambda t: t.read().detach(), values)
+
+
+def _strides(shape: torch.Size, last: bool) -> list[int]:
+    order = [0, *range(2, len(shape)), 1] if last else list(range(len(shape)))
+    strides, step = [0] * len(shape), 1
+    for dimension in reversed(order):
+        strides[dimension] = step
+        step *= max(shape[dimension], 1)
+    return strides
+
+
+class _Promise(torch.autograd.Function):
+    """Ties a pending tensor to what it follows from, for readers that ask for its gradient only
+    by autograd's own means."""
+
+    @staticmethod
+    def forward(ctx: Any, made: tuple[Any, ...], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        tensor = _without_values(*made)
+        ctx.promised = tensor.promised
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        graph, inputs = torch.is_grad_enabled(), ctx.saved_tensors
+        with torch.enable_grad():
+            value = ctx.promised[0].value()
+        wanted = [t for t, wants in zip(inputs, ctx.needs_input_grad[1:], strict=True) if wants]
+        found = iter(
+            torch.autograd.grad(
+                value, wanted, grads[0], retain_graph=True, create_graph=graph, allow_unused=True
+            )
+        )
+        return (None, *(next(found) if wants else None for wants in ctx.needs_input_grad[1:]))
+
+
+def _without_values(source: Source, shape: torch.Size, like: Tensor, last: bool) -> Pending:
+    tensor = Tensor._make_wrapper_subclass(
+        Pending, shape, strides=_strides(shape, last), dtype=like.dtype, device=like.device
+    )
+    tensor.source, tensor.promised, tensor.shown, tensor.lent = source, [source], None, False
+    return tensor
+
+
+def hand_on(
+    source: Source, shape: torch.Size, format: torch.memory_format, readers: Readers
+) -> Tensor:
+    """What a layer gives to whoever called it: pending where a known operation is the reader."""
+    if isinstance(source, Map) and source.value().is_contiguous(memory_format=format):
+        return source.value()
+    like, *_ = source.inputs()
+    graph = torch.is_grad_enabled()
+    tensor: Any
+    if readers.known:
+        made = (source, shape, like, format is not torch.contiguous_format)
+        inputs = source.inputs() if graph else ()
+        if any(t.requires_grad for t in inputs):
+            tensor = _Promise.apply(made, *inputs)
+        else:
+            tensor = _without_values(*made)
+    else:
+        value = source.value().contiguous(memory_format=format)
+        if readers.asked:
+            return value
+        readers.asked = True
+        tensor = value.as_subclass(Observed)  # type: ignore[arg-type]
+        tensor.shown = value if isinstance(source, Map) else None
+        tensor.source, tensor.promised, tensor.lent = source, [source], False
+    tensor.readers, tensor.format = readers, format
+    tensor._modes = graph, torch.is_autocast_enabled("cpu")
+    return tensor
+
+
+def taken_in(x: Tensor, format: torch.memory_format, readers: Readers) -> Tensor:
+    """A plain tensor that is handed to a network from outside."""
+    if readers.known:
+        return entered(x, format, readers)
+    if readers.asked:
+        return x
+    readers.asked = True
+    tensor: Any = x.as_subclass(Observed)  # type: ignore[arg-type]
+    tensor.source, tensor.promised, tensor.lent, tensor.shown = Map(x), [Map(x)], False, x
+    tensor.readers, tensor.format = readers, format
+    tensor._modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    return tensor
+
+
+def entered(x: Tensor, format: torch.memory_format, readers: Readers) -> Observed:
+    """A plain tensor for one call of an operation that is known."""
+    tensor = _without_values(Map(x), x.shape, x, format is not torch.contiguous_format)
+    tensor.shown, tensor.readers, tensor.format = x, readers, format
+    tensor._modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    return tensor
+
+
+def format_of(x: Tensor) -> torch.memory_format | None:
+    """The layout of a plain tensor, None where it is neither of the usual ones."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = _LAST.get(x.dim())
+    return last if last is not None and x.is_contiguous(memory_format=last) else None
+
+
+def in_last(x: Tensor) -> Tensor:
+    """A map with its channels last; anything else as it is."""
+    last = _LAST.get(x.dim())
+    return x if last is None else x.contiguous(memory_format=last)
