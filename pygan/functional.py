@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pygan.errors import UserError
+from pygan.losses import GanLoss, gan_d_loss, gan_g_loss
 from pygan.ops import folded_conv as _folded
-from pygan.ops import gan_loss as _loss
 from pygan.ops import image_batch as _batch
 from pygan.ops import norm_act as _norm
 from pygan.ops import strided_conv as _conv
@@ -26,18 +24,6 @@ __all__ = [
     "norm_act",
     "upsample_conv2d",
 ]
-
-
-class GanLoss(NamedTuple):
-    """A loss and what it was computed from, each float32 ``[]`` on the logits' device.
-
-    ``d_real`` = mean D(x) and ``d_fake`` = mean D(G(z)) carry no gradient; ``d_real`` is None
-    where no real logits were given.
-    """
-
-    loss: Tensor
-    d_real: Tensor | None
-    d_fake: Tensor
 
 
 def conv2d(
@@ -255,92 +241,6 @@ def norm_act(
         groups=groups,
         impl=impl,
     )
-
-
-def gan_d_loss(
-    real_logits: Tensor,
-    fake_logits: Tensor,
-    *,
-    loss: str = "bce",
-    real_target: float | Tensor = 1.0,
-    fake_target: float | Tensor = 0.0,
-    weight: float = 1.0,
-    impl: str = "auto",
-) -> GanLoss:
-    """Discriminator loss ``weight * (mean BCE(real, real_target) + mean BCE(fake, fake_target))``.
-
-    Args:
-        real_logits, fake_logits: D before the sigmoid, any shapes, one dtype. The loss is finite
-            and exact for any finite logit.
-        loss: "bce" or "minimax": D's loss is the same in both.
-        real_target, fake_target: a number or a tensor that broadcasts to the logits; smoothed,
-            flipped and above 1 are all defined.
-        weight: 0.5 gives the one-half scaled form.
-        impl: "auto", "cpu", "triton" or "torch".
-
-    Raises:
-        UserError: an unknown loss or implementation, empty logits, a target that does not fit.
-
-    Source: Goodfellow et al. 2014, arXiv:1406.2661, equation 1.
-    """
-    _check_loss(loss)
-    terms = (
-        _loss.term_of("real", real_logits, real_target, weight),
-        _loss.term_of("fake", fake_logits, fake_target, weight),
-    )
-    logits = torch.cat([real_logits.reshape(-1), fake_logits.reshape(-1)])
-    value, probabilities = _loss.gan_loss(logits, terms, impl)
-    return GanLoss(value, probabilities[0], probabilities[1])
-
-
-def gan_g_loss(
-    fake_logits: Tensor,
-    real_logits: Tensor | None = None,
-    *,
-    loss: str = "bce",
-    target: float | Tensor = 1.0,
-    real_target: float | Tensor = 1.0,
-    fake_target: float | Tensor = 0.0,
-    weight: float = 1.0,
-    impl: str = "auto",
-) -> GanLoss:
-    """Generator loss.
-
-    "bce" is non-saturating: ``weight * mean BCE(fake, target)``, J_G = -mean log D(G(z)).
-    "minimax" is zero-sum: ``-weight * (mean BCE(real, real_target) + mean BCE(fake,
-    fake_target))``, L_G = -L_D; without ``real_logits`` its real term, which does not depend on
-    G, is left out, and the gradient is the same.
-
-    Args:
-        fake_logits: D(G(z)) before the sigmoid, any shape.
-        real_logits: D(x) before the sigmoid, for the full value of "minimax".
-        target: of "bce"; real_target, fake_target: of "minimax", as D's.
-        weight, impl: as in :func:`gan_d_loss`.
-
-    Raises:
-        UserError: as :func:`gan_d_loss`.
-
-    Source: Goodfellow et al. 2014, arXiv:1406.2661, section 3; Goodfellow 2016,
-    arXiv:1701.00160, sections 3.2.2 and 3.2.3.
-    """
-    _check_loss(loss)
-    if loss == "bce":
-        term = _loss.term_of("fake", fake_logits, target, weight)
-        value, probabilities = _loss.gan_loss(fake_logits.reshape(-1), (term,), impl)
-        return GanLoss(value, None, probabilities[0])
-    fake = _loss.term_of("fake", fake_logits, fake_target, -weight)
-    if real_logits is None:
-        value, probabilities = _loss.gan_loss(fake_logits.reshape(-1), (fake,), impl)
-        return GanLoss(value, None, probabilities[0])
-    real = _loss.term_of("real", real_logits, real_target, -weight)
-    logits = torch.cat([real_logits.reshape(-1), fake_logits.reshape(-1)])
-    value, probabilities = _loss.gan_loss(logits, (real, fake), impl)
-    return GanLoss(value, probabilities[0], probabilities[1])
-
-
-def _check_loss(loss: str) -> None:
-    if loss not in ("bce", "minimax"):
-        raise UserError(f"loss is {loss!r}; it is 'bce' (non-saturating) or 'minimax' (zero-sum)")
 
 
 def image_batch(
