@@ -101,7 +101,8 @@ def _add_training(add: Callable[..., None]) -> None:
     add("--ndf", type=count, metavar="N", help="width of the discriminator")
     add("--netG", metavar="FILE", help="start weights of the generator")
     add("--netD", metavar="FILE", help="start weights of the discriminator")
-    add("--loss", choices=losses.NAMES, help="bce: non-saturating (default)")
+    add("--loss", choices=losses.NAMES,
+        help="bce: non-saturating (default); wasserstein: nothing here keeps D Lipschitz")
     add("--loss-weight", type=positive, help="factor of both losses")
     add("--amp", choices=("off", "bf16", "fp16", "auto"),
         help="mixed precision (default auto with --fused, otherwise off)")

@@ -17,7 +17,9 @@ __all__ = [
     "GanLoss",
     "conv2d",
     "conv2d_avg_pool",
+    "conv_norm_act",
     "conv_transpose2d",
+    "conv_transpose_norm_act",
     "gan_d_loss",
     "gan_g_loss",
     "image_batch",
@@ -222,8 +224,9 @@ def norm_act(
         Tensor of the shape, dtype and layout of ``input``. Differentiable to any order.
 
     Raises:
-        UserError: an unknown activation or implementation, sizes that do not fit.
+        UserError: an unknown activation or implementation, a batch that does not divide.
         ValueError: one value a channel while training, as torch's batch norm.
+        RuntimeError: parameters or buffers that do not fit the channels.
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
@@ -239,6 +242,135 @@ def norm_act(
         activation=activation,
         negative_slope=negative_slope,
         groups=groups,
+        impl=impl,
+    )
+
+
+def conv_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "leaky_relu",
+    negative_slope: float = 0.2,
+    batch_groups: int = 1,
+    impl: str = "auto",
+) -> Tensor:
+    """``activation(batch_norm(conv2d(input)))``: a discriminator's block, by :func:`conv2d` and
+    :func:`norm_act`.
+
+    Args:
+        input: ``[N, B, H, W]``; types, layouts and autocast as :func:`conv2d`'s.
+        weight: ``[A, B, 4, 4]``, or any that torch takes.
+        bias: ``[A]`` or None; in training the norm takes it out again.
+        running_mean, running_var: float32 ``[A]``, updated in place when ``training``; None for
+            no running statistics.
+        norm_weight, norm_bias: of the batch norm, ``[A]`` or None.
+        stride, padding, dilation, groups: of the convolution, as torch's.
+        training, momentum, eps: of the batch norm, as torch's.
+        activation, negative_slope: as :func:`norm_act`'s.
+        batch_groups: ``groups`` of :func:`norm_act`.
+        impl: of both, "auto", "cpu" or "torch"; "cpu" for 4x4 kernels of stride 2 and padding 1.
+
+    Returns:
+        ``[N, A, H', W']`` in the dtype and memory format of the convolution's result.
+        Differentiable to any order.
+
+    Raises:
+        UserError: an unknown activation, an implementation that cannot take these arguments, no
+            running statistics in evaluation, a batch that does not divide into its groups.
+        ValueError: one value a channel while training, as torch's batch norm.
+        RuntimeError: arguments that torch does not take.
+
+    Source: Radford, Metz and Chintala 2015, arXiv:1511.06434, section 3; the operations' own.
+    """
+    y = _conv.conv2d(input, weight, bias, stride, padding, dilation, groups, impl=impl)
+    return _norm.norm_act(
+        y,
+        running_mean,
+        running_var,
+        norm_weight,
+        norm_bias,
+        training,
+        momentum,
+        eps,
+        activation=activation,
+        negative_slope=negative_slope,
+        groups=batch_groups,
+        impl=impl,
+    )
+
+
+def conv_transpose_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.2,
+    batch_groups: int = 1,
+    impl: str = "auto",
+) -> Tensor:
+    """``activation(batch_norm(conv_transpose2d(input)))``: a generator's block, by
+    :func:`conv_transpose2d` and :func:`norm_act`.
+
+    Args:
+        input: ``[N, A, H, W]``; types, layouts and autocast as :func:`conv2d`'s.
+        weight: ``[A, B, 4, 4]``, or any that torch takes.
+        bias: ``[B]`` or None; in training the norm takes it out again.
+        running_mean, running_var: float32 ``[B]``, updated in place when ``training``; None for
+            no running statistics.
+        norm_weight, norm_bias: of the batch norm, ``[B]`` or None.
+        stride, padding, output_padding, groups, dilation: of the convolution, as torch's.
+        training, momentum, eps, activation, negative_slope, batch_groups, impl: as
+            :func:`conv_norm_act`'s.
+
+    Returns:
+        ``[N, B, H', W']``, as :func:`conv_norm_act`.
+
+    Raises:
+        UserError, ValueError, RuntimeError: as :func:`conv_norm_act`.
+
+    Source: as :func:`conv_norm_act`.
+    """
+    y = _conv.conv_transpose2d(
+        input, weight, bias, stride, padding, output_padding, groups, dilation, impl=impl
+    )
+    return _norm.norm_act(
+        y,
+        running_mean,
+        running_var,
+        norm_weight,
+        norm_bias,
+        training,
+        momentum,
+        eps,
+        activation=activation,
+        negative_slope=negative_slope,
+        groups=batch_groups,
         impl=impl,
     )
 
