@@ -276,11 +276,8 @@ class AdversarialStep(_Step):
 
     def _update_g(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         with _constant(self.D):
-            real_logits = None
             with self._autocast():
-                if is_paired(self.loss):
-                    with torch.no_grad():
-                        real_logits = self.D(real).flatten()
+                real_logits = self.D(real).flatten() if is_paired(self.loss) else None
                 logits = self.D(fake).flatten()
             found = gan_g_loss(logits, real_logits, loss=self.loss, weight=self.loss_weight)
             self._scaler_g.scale(found.loss).backward()

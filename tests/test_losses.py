@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -220,6 +221,14 @@ def test_a_right_and_certain_discriminator_keeps_its_small_loss(x: float) -> Non
         found = gan_d_loss(torch.tensor([x / 2]), torch.tensor([-x / 2]), loss=loss).loss.item()
         terms = 2 if loss == "relativistic" else 1
         assert found == pytest.approx(terms * torch.tensor(-x).double().exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["relativistic", "relativistic_pairing"])
+def test_large_logits_keep_the_digits_of_float64(loss: str) -> None:
+    real, fake = (torch.tensor([x], dtype=torch.float64) for x in (-12.5, 12.5))
+    terms = 2 if loss == "relativistic" else 1
+    excess = gan_d_loss(real, fake, loss=loss).loss.item() - 25 * terms
+    assert excess == pytest.approx(terms * math.exp(-25), rel=1e-3)
 
 
 @EVERY
