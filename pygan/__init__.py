@@ -5,7 +5,7 @@
 >>> result = step(real)                         # one update of D and of G
 """
 
-from pygan import functional, models
+from pygan import functional, losses, models, nn
 from pygan.errors import UserError
 from pygan.fuse import FuseReport, fuse, unfuse
 from pygan.step import AdversarialStep, ReferenceStep, StepResult
@@ -20,6 +20,8 @@ __all__ = [
     "UserError",
     "functional",
     "fuse",
+    "losses",
     "models",
+    "nn",
     "unfuse",
 ]

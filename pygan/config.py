@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from pygan import cli
+from pygan import cli, losses
 from pygan.errors import UserError
 from pygan.run import CONFIG
 
@@ -101,7 +101,8 @@ def _add_training(add: Callable[..., None]) -> None:
     add("--ndf", type=count, metavar="N", help="width of the discriminator")
     add("--netG", metavar="FILE", help="start weights of the generator")
     add("--netD", metavar="FILE", help="start weights of the discriminator")
-    add("--loss", choices=("bce", "minimax"), help="bce: non-saturating (default)")
+    add("--loss", choices=losses.NAMES,
+        help="bce: non-saturating (default); wasserstein: nothing here keeps D Lipschitz")
     add("--loss-weight", type=positive, help="factor of both losses")
     add("--amp", choices=("off", "bf16", "fp16", "auto"),
         help="mixed precision (default auto with --fused, otherwise off)")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pygan.errors import UserError
+from pygan.losses import GanLoss, gan_d_loss, gan_g_loss
 from pygan.ops import folded_conv as _folded
-from pygan.ops import gan_loss as _loss
 from pygan.ops import image_batch as _batch
 from pygan.ops import norm_act as _norm
 from pygan.ops import strided_conv as _conv
@@ -19,25 +17,15 @@ __all__ = [
     "GanLoss",
     "conv2d",
     "conv2d_avg_pool",
+    "conv_norm_act",
     "conv_transpose2d",
+    "conv_transpose_norm_act",
     "gan_d_loss",
     "gan_g_loss",
     "image_batch",
     "norm_act",
     "upsample_conv2d",
 ]
-
-
-class GanLoss(NamedTuple):
-    """A loss and what it was computed from, each float32 ``[]`` on the logits' device.
-
-    ``d_real`` = mean D(x) and ``d_fake`` = mean D(G(z)) carry no gradient; ``d_real`` is None
-    where no real logits were given.
-    """
-
-    loss: Tensor
-    d_real: Tensor | None
-    d_fake: Tensor
 
 
 def conv2d(
@@ -236,8 +224,9 @@ def norm_act(
         Tensor of the shape, dtype and layout of ``input``. Differentiable to any order.
 
     Raises:
-        UserError: an unknown activation or implementation, sizes that do not fit.
+        UserError: an unknown activation or implementation, a batch that does not divide.
         ValueError: one value a channel while training, as torch's batch norm.
+        RuntimeError: parameters or buffers that do not fit the channels.
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
@@ -257,90 +246,133 @@ def norm_act(
     )
 
 
-def gan_d_loss(
-    real_logits: Tensor,
-    fake_logits: Tensor,
+def conv_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     *,
-    loss: str = "bce",
-    real_target: float | Tensor = 1.0,
-    fake_target: float | Tensor = 0.0,
-    weight: float = 1.0,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "leaky_relu",
+    negative_slope: float = 0.2,
+    batch_groups: int = 1,
     impl: str = "auto",
-) -> GanLoss:
-    """Discriminator loss ``weight * (mean BCE(real, real_target) + mean BCE(fake, fake_target))``.
+) -> Tensor:
+    """``activation(batch_norm(conv2d(input)))``: a discriminator's block, by :func:`conv2d` and
+    :func:`norm_act`.
 
     Args:
-        real_logits, fake_logits: D before the sigmoid, any shapes, one dtype. The loss is finite
-            and exact for any finite logit.
-        loss: "bce" or "minimax": D's loss is the same in both.
-        real_target, fake_target: a number or a tensor that broadcasts to the logits; smoothed,
-            flipped and above 1 are all defined.
-        weight: 0.5 gives the one-half scaled form.
-        impl: "auto", "cpu", "triton" or "torch".
+        input: ``[N, B, H, W]``; types, layouts and autocast as :func:`conv2d`'s.
+        weight: ``[A, B, 4, 4]``, or any that torch takes.
+        bias: ``[A]`` or None; in training the norm takes it out again.
+        running_mean, running_var: float32 ``[A]``, updated in place when ``training``; None for
+            no running statistics.
+        norm_weight, norm_bias: of the batch norm, ``[A]`` or None.
+        stride, padding, dilation, groups: of the convolution, as torch's.
+        training, momentum, eps: of the batch norm, as torch's.
+        activation, negative_slope: as :func:`norm_act`'s.
+        batch_groups: ``groups`` of :func:`norm_act`.
+        impl: of both, "auto", "cpu" or "torch"; "cpu" for 4x4 kernels of stride 2 and padding 1.
+
+    Returns:
+        ``[N, A, H', W']`` in the dtype and memory format of the convolution's result.
+        Differentiable to any order.
 
     Raises:
-        UserError: an unknown loss or implementation, empty logits, a target that does not fit.
+        UserError: an unknown activation, an implementation that cannot take these arguments, no
+            running statistics in evaluation, a batch that does not divide into its groups.
+        ValueError: one value a channel while training, as torch's batch norm.
+        RuntimeError: arguments that torch does not take.
 
-    Source: Goodfellow et al. 2014, arXiv:1406.2661, equation 1.
+    Source: Radford, Metz and Chintala 2015, arXiv:1511.06434, section 3; the operations' own.
     """
-    _check_loss(loss)
-    terms = (
-        _loss.term_of("real", real_logits, real_target, weight),
-        _loss.term_of("fake", fake_logits, fake_target, weight),
+    y = _conv.conv2d(input, weight, bias, stride, padding, dilation, groups, impl=impl)
+    return _norm.norm_act(
+        y,
+        running_mean,
+        running_var,
+        norm_weight,
+        norm_bias,
+        training,
+        momentum,
+        eps,
+        activation=activation,
+        negative_slope=negative_slope,
+        groups=batch_groups,
+        impl=impl,
     )
-    logits = torch.cat([real_logits.reshape(-1), fake_logits.reshape(-1)])
-    value, probabilities = _loss.gan_loss(logits, terms, impl)
-    return GanLoss(value, probabilities[0], probabilities[1])
 
 
-def gan_g_loss(
-    fake_logits: Tensor,
-    real_logits: Tensor | None = None,
+def conv_transpose_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     *,
-    loss: str = "bce",
-    target: float | Tensor = 1.0,
-    real_target: float | Tensor = 1.0,
-    fake_target: float | Tensor = 0.0,
-    weight: float = 1.0,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.2,
+    batch_groups: int = 1,
     impl: str = "auto",
-) -> GanLoss:
-    """Generator loss.
-
-    "bce" is non-saturating: ``weight * mean BCE(fake, target)``, J_G = -mean log D(G(z)).
-    "minimax" is zero-sum: ``-weight * (mean BCE(real, real_target) + mean BCE(fake,
-    fake_target))``, L_G = -L_D; without ``real_logits`` its real term, which does not depend on
-    G, is left out, and the gradient is the same.
+) -> Tensor:
+    """``activation(batch_norm(conv_transpose2d(input)))``: a generator's block, by
+    :func:`conv_transpose2d` and :func:`norm_act`.
 
     Args:
-        fake_logits: D(G(z)) before the sigmoid, any shape.
-        real_logits: D(x) before the sigmoid, for the full value of "minimax".
-        target: of "bce"; real_target, fake_target: of "minimax", as D's.
-        weight, impl: as in :func:`gan_d_loss`.
+        input: ``[N, A, H, W]``; types, layouts and autocast as :func:`conv2d`'s.
+        weight: ``[A, B, 4, 4]``, or any that torch takes.
+        bias: ``[B]`` or None; in training the norm takes it out again.
+        running_mean, running_var: float32 ``[B]``, updated in place when ``training``; None for
+            no running statistics.
+        norm_weight, norm_bias: of the batch norm, ``[B]`` or None.
+        stride, padding, output_padding, groups, dilation: of the convolution, as torch's.
+        training, momentum, eps, activation, negative_slope, batch_groups, impl: as
+            :func:`conv_norm_act`'s.
+
+    Returns:
+        ``[N, B, H', W']``, as :func:`conv_norm_act`.
 
     Raises:
-        UserError: as :func:`gan_d_loss`.
+        UserError, ValueError, RuntimeError: as :func:`conv_norm_act`.
 
-    Source: Goodfellow et al. 2014, arXiv:1406.2661, section 3; Goodfellow 2016,
-    arXiv:1701.00160, sections 3.2.2 and 3.2.3.
+    Source: as :func:`conv_norm_act`.
     """
-    _check_loss(loss)
-    if loss == "bce":
-        term = _loss.term_of("fake", fake_logits, target, weight)
-        value, probabilities = _loss.gan_loss(fake_logits.reshape(-1), (term,), impl)
-        return GanLoss(value, None, probabilities[0])
-    fake = _loss.term_of("fake", fake_logits, fake_target, -weight)
-    if real_logits is None:
-        value, probabilities = _loss.gan_loss(fake_logits.reshape(-1), (fake,), impl)
-        return GanLoss(value, None, probabilities[0])
-    real = _loss.term_of("real", real_logits, real_target, -weight)
-    logits = torch.cat([real_logits.reshape(-1), fake_logits.reshape(-1)])
-    value, probabilities = _loss.gan_loss(logits, (real, fake), impl)
-    return GanLoss(value, probabilities[0], probabilities[1])
-
-
-def _check_loss(loss: str) -> None:
-    if loss not in ("bce", "minimax"):
-        raise UserError(f"loss is {loss!r}; it is 'bce' (non-saturating) or 'minimax' (zero-sum)")
+    y = _conv.conv_transpose2d(
+        input, weight, bias, stride, padding, output_padding, groups, dilation, impl=impl
+    )
+    return _norm.norm_act(
+        y,
+        running_mean,
+        running_var,
+        norm_weight,
+        norm_bias,
+        training,
+        momentum,
+        eps,
+        activation=activation,
+        negative_slope=negative_slope,
+        groups=batch_groups,
+        impl=impl,
+    )
 
 
 def image_batch(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pygan.errors import UserError
 from pygan.functional import image_batch
 from pygan.fuse import why_not_mergeable
+from pygan.losses import check_loss, d_loss_term, gan_d_loss, gan_g_loss, has_kernel, is_paired
 from pygan.ops import map_memory
-from pygan.ops.gan_loss import gan_loss, term_of
 from pygan.ops.norm_act import batch_groups
 
 logger = logging.getLogger("pygan")
@@ -83,8 +83,7 @@ class _Step:
         merge: bool | str = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
-        if loss not in ("bce", "minimax"):
-            raise UserError(f"loss is {loss!r}; it is 'bce' (non-saturating) or 'minimax'")
+        check_loss(loss, real_target=(real_target, 1.0))
         if graph not in ("auto", "off"):
             raise UserError(f"graph is {graph!r}; it is 'auto' or 'off'")
         if merge not in (True, False, "auto"):
@@ -185,10 +184,13 @@ class AdversarialStep(_Step):
         G, D: networks; D returns logits, any shape with the batch first. Fuse them first
             (:func:`pygan.fuse`) for the fast layers.
         opt_g, opt_d: torch optimizers.
-        loss: "bce" (non-saturating) or "minimax" (zero-sum; ``loss_g`` without the term that does
-            not depend on G).
+        loss: a name that :func:`pygan.functional.gan_d_loss` knows: "bce" (non-saturating),
+            "minimax" (zero-sum; ``loss_g`` without the term that does not depend on G), "logistic",
+            "hinge", "lsgan", "wasserstein", "relativistic" or "relativistic_pairing". For the last
+            two G's update asks D about the real images once more, without gradients.
         loss_weight: 0.5 for the one-half scaled losses.
-        real_target: below 1 for one-sided label smoothing (Salimans et al. 2016).
+        real_target: below 1 for one-sided label smoothing (Salimans et al. 2016), where the loss
+            has targets.
         amp: "auto", "off", "bf16" or "fp16" (with a gradient scaler for each optimizer).
         graph: "auto" or "off".
         merge: one call of D for both halves: "auto" (where it is known to be the same, and faster),
@@ -196,7 +198,7 @@ class AdversarialStep(_Step):
         generator: for z.
 
     Raises:
-        UserError: an unknown setting, or a D that ends in a sigmoid.
+        UserError: an unknown setting, a target for a loss without, or a D that ends in a sigmoid.
 
     Source: Goodfellow et al. 2014, arXiv:1406.2661, algorithm 1 with one step of D.
     """
@@ -227,55 +229,61 @@ class AdversarialStep(_Step):
         with self._autocast():
             fake = self.G(z)
         loss_d, d_real, d_fake = self._update_d(real, fake.detach())
-        loss_g, d_fake_after = self._update_g(fake)
+        loss_g, d_fake_after = self._update_g(real, fake)
         return StepResult(loss_d, loss_g, d_real, d_fake, d_fake_after)
 
     def _update_d(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.opt_d.zero_grad(set_to_none=True)
-        gradients = self._merged_gradients if self.merge else self._separate_gradients
+        together = self.merge or is_paired(self.loss)
+        gradients = self._gradients_at_once if together else self._separate_gradients
         losses = gradients(real, fake)
         self._scaler_d.step(self.opt_d)
         self._scaler_d.update()
         return losses
 
-    def _merged_gradients(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradients_at_once(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with self._autocast():
-            both = _joined(real, fake)
-            with batch_groups(2):
-                logits = self.D(both).flatten()
-            real_logits, fake_logits = logits.split(logits.numel() // 2)
-        terms = (
-            term_of("real", real_logits, self.real_target, self.loss_weight),
-            term_of("fake", fake_logits, 0.0, self.loss_weight),
+            if self.merge:
+                both = _joined(real, fake)
+                with batch_groups(2):
+                    logits = self.D(both).flatten()
+                real_logits, fake_logits = logits.split(logits.numel() // 2)
+            else:
+                real_logits, fake_logits = self.D(real).flatten(), self.D(fake).flatten()
+        loss, d_real, d_fake = gan_d_loss(
+            real_logits,
+            fake_logits,
+            loss=self.loss,
+            real_target=self.real_target,
+            weight=self.loss_weight,
         )
-        loss, probabilities = gan_loss(logits, terms)
         self._scaler_d.scale(loss).backward()
-        return loss.detach(), probabilities[0], probabilities[1]
+        assert d_real is not None
+        return loss.detach(), d_real, d_fake
 
     def _separate_gradients(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # A backward after each forward, so that what it reads may still be in the caches.
         losses, probabilities = [], []
         halves = (("real", real, self.real_target), ("fake", fake, 0.0))
-        for name, images, target in halves:
+        for side, images, target in halves:
             with self._autocast():
                 logits = self.D(images).flatten()
-            loss, probability = gan_loss(logits, (term_of(name, logits, target, self.loss_weight),))
+            loss, probability = d_loss_term(side, logits, target, self.loss_weight, loss=self.loss)
             self._scaler_d.scale(loss).backward()
             losses.append(loss.detach())
-            probabilities.append(probability[0])
+            probabilities.append(probability)
         return losses[0] + losses[1], probabilities[0], probabilities[1]
 
-    def _update_g(self, fake: Tensor) -> tuple[Tensor, Tensor]:
+    def _update_g(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         with _constant(self.D):
             with self._autocast():
+                real_logits = self.D(real).flatten() if is_paired(self.loss) else None
                 logits = self.D(fake).flatten()
-            target, sign = (1.0, 1.0) if self.loss == "bce" else (0.0, -1.0)
-            term = term_of("fake", logits, target, sign * self.loss_weight)
-            loss, probabilities = gan_loss(logits, (term,))
-            self._scaler_g.scale(loss).backward()
+            found = gan_g_loss(logits, real_logits, loss=self.loss, weight=self.loss_weight)
+            self._scaler_g.scale(found.loss).backward()
         self._scaler_g.step(self.opt_g)
         self._scaler_g.update()
-        return loss.detach(), probabilities[0]
+        return found.loss.detach(), found.d_fake
 
 
 def _joined(real: Tensor, fake: Tensor) -> Tensor:
@@ -294,37 +302,65 @@ def _joined(real: Tensor, fake: Tensor) -> Tensor:
 class ReferenceStep(_Step):
     """The update as it is usually written: the baseline of every comparison.
 
-    D on real and on generated images in two calls with a backward each, then G through D with all
-    gradients, losses from ``binary_cross_entropy_with_logits``. Arguments and result as
-    :class:`AdversarialStep`; ``merge`` has no meaning here.
+    D on real and on generated images in two calls, with a backward each where the loss is a sum
+    over both, then G through D with all gradients; losses from ``binary_cross_entropy_with_logits``
+    where they are of that kind, else from the torch operations of :mod:`pygan.losses`. Arguments
+    and result as :class:`AdversarialStep`; ``merge`` has no meaning here.
     """
 
     def _bce(self, logits: Tensor, target: float) -> Tensor:
         labels = torch.full_like(logits, target)
         return F.binary_cross_entropy_with_logits(logits, labels) * self.loss_weight
 
+    def _half_of_d(self, side: str, logits: Tensor, target: float) -> Tensor:
+        if has_kernel(self.loss):
+            return self._bce(logits, target)
+        return d_loss_term(side, logits, target, self.loss_weight, loss=self.loss)[0]
+
+    def _pairs_of_d(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+        return gan_d_loss(
+            logits_real,
+            logits_fake,
+            loss=self.loss,
+            real_target=self.real_target,
+            weight=self.loss_weight,
+        ).loss
+
+    def _loss_of_g(self, logits: Tensor, logits_real: Tensor | None) -> Tensor:
+        if has_kernel(self.loss):
+            return -self._bce(logits, 0.0) if self.loss == "minimax" else self._bce(logits, 1.0)
+        return gan_g_loss(logits, logits_real, loss=self.loss, weight=self.loss_weight).loss
+
     def _update(self, real: Tensor, z: Tensor) -> StepResult:
+        paired = is_paired(self.loss)
+        losses_d = []
         self.D.zero_grad()
         with self._autocast():
             logits_real = self.D(real)
-            loss_real = self._bce(logits_real, self.real_target)
-        self._scaler_d.scale(loss_real).backward()
+            if not paired:
+                losses_d.append(self._half_of_d("real", logits_real, self.real_target))
+        if not paired:
+            self._scaler_d.scale(losses_d[0]).backward()
         with self._autocast():
             fake = self.G(z)
             logits_fake = self.D(fake.detach())
-            loss_fake = self._bce(logits_fake, 0.0)
-        self._scaler_d.scale(loss_fake).backward()
+            if paired:
+                losses_d.append(self._pairs_of_d(logits_real, logits_fake))
+            else:
+                losses_d.append(self._half_of_d("fake", logits_fake, 0.0))
+        self._scaler_d.scale(losses_d[-1]).backward()
         self._scaler_d.step(self.opt_d)
         self._scaler_d.update()
 
         self.G.zero_grad()
         with self._autocast():
+            compared = self.D(real).detach() if paired else None
             logits = self.D(fake)
-            loss_g = self._bce(logits, 1.0) if self.loss == "bce" else -self._bce(logits, 0.0)
+            loss_g = self._loss_of_g(logits, compared)
         self._scaler_g.scale(loss_g).backward()
         self._scaler_g.step(self.opt_g)
         self._scaler_g.update()
         with torch.no_grad():
             means = [torch.sigmoid(t.float()).mean() for t in (logits_real, logits_fake, logits)]
-            loss_d = (loss_real + loss_fake).float()
+            loss_d = torch.stack(losses_d).sum().float()
         return StepResult(loss_d, loss_g.detach().float(), *means)

@@ -119,7 +119,7 @@ def test_a_run_killed_while_it_is_created_is_either_there_or_not(tmp_path: Path)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("loss", ["bce", "minimax"])
+@pytest.mark.parametrize("loss", ["bce", "minimax", "relativistic_pairing"])
 def test_a_longer_run_is_a_short_one_continued(tmp_path: Path, fused: bool, loss: str) -> None:
     flags = (f"--loss={loss}", *(["--fused"] if fused else []))
     assert train("--steps=14", f"--outf={tmp_path / 'whole'}", *flags) == 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import pygan
+from pygan.losses import NAMES
 from pygan.step import resolve_amp
 
 SIZE, WIDTH, BATCH = 32, 8, 16
@@ -67,9 +68,11 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(((a[k].double() - b[k].double()).norm() / b[k].double().norm()).item() for k in a)
 
 
-@pytest.mark.parametrize("loss", ["bce", "minimax"])
+@pytest.mark.parametrize("loss", NAMES)
 def test_update_is_the_reference_update_in_float64(loss: str) -> None:
-    settings = {"loss": loss, "loss_weight": 0.5, "real_target": 0.9}
+    settings: dict[str, Any] = {"loss": loss, "loss_weight": 0.5}
+    if loss in ("bce", "minimax", "lsgan", "relativistic"):
+        settings["real_target"] = 0.9
     ours, results = train(
         pygan.AdversarialStep, 20, torch.float64, fused=True, graph="off", **settings
     )
@@ -91,10 +94,68 @@ def test_twenty_steps_in_float32_within_1e_5(optimizer: str) -> None:
     assert distance(start, plain) > 1e-2
 
 
-def test_merged_and_separate_calls_agree() -> None:
-    merged, _ = train(pygan.AdversarialStep, 5, torch.float64, fused=True, merge=True)
-    separate, _ = train(pygan.AdversarialStep, 5, torch.float64, fused=True, merge=False)
+@pytest.mark.parametrize("loss", ["bce", "hinge", "relativistic", "relativistic_pairing"])
+def test_merged_and_separate_calls_agree(loss: str) -> None:
+    (merged, merged_results), (separate, separate_results) = (
+        train(pygan.AdversarialStep, 5, torch.float64, fused=True, merge=merge, loss=loss)
+        for merge in (True, False)
+    )
     assert distance(merged, separate) < 1e-10
+    torch.testing.assert_close(torch.tensor(merged_results), torch.tensor(separate_results))
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("kind", [pygan.AdversarialStep, pygan.ReferenceStep])
+def test_a_relativistic_update_is_the_one_written_out(kind: Any, merge: bool) -> None:
+    settings: dict[str, Any] = {"optimizer": "sgd", "loss": "relativistic_pairing", "merge": merge}
+    fused = kind is pygan.AdversarialStep
+    ours, results = train(kind, 2, torch.float64, fused=fused, **settings)
+    G, D = networks(torch.float64)
+    opt_g, opt_d = (torch.optim.SGD(m.parameters(), 0.02, momentum=0.5) for m in (G, D))
+    for (real, z), found in zip(batches(2, torch.float64), results, strict=True):
+        fake = G(z)
+        d_real, d_fake = D(real), D(fake.detach())
+        loss_d = nn.functional.softplus(d_fake - d_real, threshold=40).mean()
+        opt_d.zero_grad()
+        loss_d.backward()
+        opt_d.step()
+        compared = D(real)
+        after = D(fake)
+        loss_g = nn.functional.softplus(compared - after, threshold=40).mean()
+        opt_g.zero_grad()
+        loss_g.backward()
+        opt_g.step()
+        means = [t.sigmoid().mean().item() for t in (d_real, d_fake, after)]
+        assert found == pytest.approx([loss_d.item(), loss_g.item(), *means], rel=1e-6)
+    expected = {f"G.{k}": v for k, v in G.state_dict().items()}
+    assert distance(ours, expected | {f"D.{k}": v for k, v in D.state_dict().items()}) < 1e-10
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_only_relativistic_losses_ask_about_real_images_again(merge: bool) -> None:
+    for loss in NAMES:
+        G, D = networks()
+        calls: list[tuple[int, bool]] = []
+        D.register_forward_hook(lambda _, x, y, seen=calls: seen.append((len(y), y.requires_grad)))
+        sgd = torch.optim.SGD(G.parameters()), torch.optim.SGD(D.parameters())
+        step = pygan.AdversarialStep(G, D, *sgd, amp="off", merge=merge, loss=loss)
+        step(*batches(1)[0])
+        of_d = [(2 * BATCH, True)] if merge else [(BATCH, True)] * 2
+        again = [(BATCH, False)] if loss.startswith("relativistic") else []
+        assert calls == [*of_d, *again, (BATCH, True)]
+
+
+@pytest.mark.parametrize("kind", [pygan.AdversarialStep, pygan.ReferenceStep])
+@pytest.mark.parametrize("loss", NAMES)
+def test_every_loss_learns_in_bfloat16(loss: str, kind: Any) -> None:
+    G, D = networks()
+    before = {k: v.clone() for k, v in (G.state_dict() | D.state_dict()).items()}
+    adam = torch.optim.Adam(G.parameters()), torch.optim.Adam(D.parameters())
+    step = kind(G, D, *adam, amp="bf16", loss=loss)
+    for real, z in batches(2):
+        assert all(t.isfinite() and t.dtype == torch.float32 for t in step(real, z))
+    after = G.state_dict() | D.state_dict()
+    assert not any(torch.equal(before[k], after[k]) for k in before if k.endswith("weight"))
 
 
 def test_a_discriminator_that_mixes_samples_is_called_twice() -> None:
@@ -199,7 +260,8 @@ def test_half_precision_scales_and_learns() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "hinge"}, "loss is 'hinge'"),
+        ({"loss": "wgan"}, "loss is 'wgan'"),
+        ({"loss": "hinge", "real_target": 0.9}, "real_target was given and loss 'hinge' has no"),
         ({"amp": "int8"}, "amp is 'int8'"),
         ({"graph": "always"}, "graph is 'always'"),
         ({"merge": "maybe"}, "merge is 'maybe'"),

@@ -24,6 +24,7 @@ from training import numbers, resume, start, train, weights
 import pygan
 from pygan import checkpoint, cli, data
 from pygan.config import Config, parse
+from pygan.losses import NAMES
 from pygan.models import dcgan
 from pygan.training import Batches, Networks, Progress
 
@@ -177,7 +178,7 @@ def _parity(dtype: torch.dtype, size: int, **changes: object) -> float:
     )
 
 
-@pytest.mark.parametrize("loss", ["bce", "minimax"])
+@pytest.mark.parametrize("loss", NAMES)
 def test_fused_and_plain_training_are_the_same_mathematics(loss: str) -> None:
     sizes = {"batch_size": 16, "nz": 32, "ngf": 16, "ndf": 16}
     assert _parity(torch.float64, 32, loss=loss, **sizes) <= 1e-12

@@ -132,18 +132,26 @@ def gan_loss(logits: Tensor, terms: tuple[Term, ...], impl: str = "auto") -> tup
 
 def term_of(name: str, logits: Tensor, target: float | Tensor, weight: float) -> Term:
     """A term for ``logits``, its target checked and brought to one float or float32 ``[n]``."""
-    size = logits.numel()
-    if size == 0:
+    return Term(logits.numel(), checked_target(name, logits, target), weight)
+
+
+def checked_target(name: str, logits: Tensor, target: float | Tensor) -> float | Tensor:
+    """A target for n logits as one float, or as ``[n]`` in float32 (float64 for such logits).
+
+    Raises:
+        UserError: there are no logits, or it does not broadcast to them.
+    """
+    if logits.numel() == 0:
         raise UserError(f"the {name} logits are empty; a loss needs at least one")
-    if isinstance(target, Tensor):
-        try:
-            target = target.to(logits.device).expand(logits.shape)
-        except RuntimeError:
-            raise UserError(
-                f"the {name} target has shape {tuple(target.shape)}, which does not broadcast to "
-                f"the logits' {tuple(logits.shape)}"
-            ) from None
-        if logits.dtype != torch.float64:
-            target = target.float()
-        target = target.reshape(-1).contiguous()
-    return Term(size, target, weight)
+    if not isinstance(target, Tensor):
+        return target
+    try:
+        target = target.to(logits.device).expand(logits.shape)
+    except RuntimeError:
+        raise UserError(
+            f"the {name} target has shape {tuple(target.shape)}, which does not broadcast to "
+            f"the logits' {tuple(logits.shape)}"
+        ) from None
+    if logits.dtype != torch.float64:
+        target = target.float()
+    return target.reshape(-1).contiguous()

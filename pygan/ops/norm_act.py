@@ -106,6 +106,8 @@ def supports_cpu(x: Tensor, *parameters: Tensor | None) -> str | None:
             return f"a parameter or buffer is on {parameter.device}, not on the CPU"
         if not parameter.is_contiguous():
             return "a parameter or buffer is not contiguous"
+        if parameter.shape != x.shape[1:2]:
+            return f"a parameter or buffer of shape {tuple(parameter.shape)} does not fit the input"
     return dispatch.supports_cpu(x)
 
 

@@ -166,8 +166,8 @@ def test_gradients_of_targets_use_torch() -> None:
 @pytest.mark.native
 def test_wrong_arguments_are_named() -> None:
     x = torch.randn(4)
-    with pytest.raises(UserError, match="loss is 'hinge'"):
-        gan_d_loss(x, x, loss="hinge")
+    with pytest.raises(UserError, match="loss is 'wgan'"):
+        gan_d_loss(x, x, loss="wgan")
     with pytest.raises(UserError, match="logits are empty"):
         gan_g_loss(torch.randn(0))
     with pytest.raises(UserError, match="does not broadcast"):

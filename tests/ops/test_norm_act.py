@@ -274,3 +274,16 @@ def test_groups_are_a_context_of_the_thread() -> None:
 
 def test_native_kernels_are_loaded() -> None:
     assert native.load() is not None, native.reason()
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("size", [3, 100])
+def test_parameters_of_another_size_are_refused(name: str, size: int) -> None:
+    names = ("running_mean", "running_var", "weight", "bias")
+    given = {k: torch.ones(size if k == name else 64) for k in names}
+    x = torch.randn(4, 64, 4, 4)
+    for training in (True, False):
+        with pytest.raises(RuntimeError):
+            norm_act(x, **given, training=training)
+        with pytest.raises(UserError, match="does not fit the input"):
+            norm_act(x, **given, training=training, impl="cpu")
