@@ -471,8 +471,12 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
 
 def _is_leaf(layer: nn.Module) -> bool:
     """Whether a layer outside a ``nn.Sequential`` may run with what follows it, or by a kernel."""
-    norms = isinstance(layer, (*BATCH_NORMS, *_layers.INSTANCE_NORMS))
-    return norms or _is_strided(layer) or (_is_dense(layer) and type(layer) in CONVOLUTIONS)
+    norms = (*BATCH_NORMS, *_layers.INSTANCE_NORMS)
+    return isinstance(layer, norms) or _is_strided(layer) or _is_plain_convolution(layer)
+
+
+def _is_plain_convolution(layer: nn.Module) -> bool:
+    return type(layer) in (*CONVOLUTIONS, _layers.Conv2d, _layers.ConvTranspose2d)
 
 
 def _describe(

@@ -240,7 +240,7 @@ def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             later = Convolved(in_last(first.value()), weight, bias)
             return hand_on(later, shape, first.format, first.readers.of(func))
         if y is None:
-            x = _for_convolution(first, groups)
+            x = first.value() if groups > 1 else in_last(first.value())
             y = strided_conv.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return _made(first, func, y, weight)
 
@@ -270,18 +270,13 @@ def _conv_transpose2d(
         if geometry == STRIDED and isinstance(source, Normed):
             y = source.convolved(Conv("up", weight, bias, _pair(output_padding)))
         if y is None:
-            x = _for_convolution(first, groups)
+            x = first.value() if groups > 1 else in_last(first.value())
             y = strided_conv.conv_transpose2d(
                 x, weight, bias, stride, padding, output_padding, groups, dilation
             )
         return _made(first, func, y, weight)
 
     return bound(*args, **kwargs)
-
-
-def _for_convolution(first: Observed, groups: int) -> Tensor:
-    x = first.value()
-    return x if groups > 1 or x.shape[2:].numel() == 1 else in_last(x)
 
 
 STRIDED = ((4, 4), (2, 2), (1, 1), (1, 1), 1)

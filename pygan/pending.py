@@ -23,6 +23,7 @@ from torch import Tensor
 from pygan.ops import norm_act, norm_conv
 from pygan.ops.folded_conv import conv2d_avg_pool
 from pygan.ops.norm_act import Settings
+from pygan.ops.strided_conv import contiguous
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -196,8 +197,7 @@ class Observed(Tensor):
         if self.shown is None:
             graph, autocast = self._modes
             with torch.set_grad_enabled(graph), torch.autocast("cpu", enabled=autocast):
-                value = self.source.value()
-                self.shown = value.contiguous(memory_format=self.format)
+                self.shown = _in_format(self.source.value(), self.format)
         return self.shown
 
     def become(self, source: Source) -> None:
@@ -277,6 +277,12 @@ def _detached(values: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Observed, lambda t: t.read().detach(), values)
 
 
+def _in_format(x: Tensor, format: torch.memory_format) -> Tensor:
+    if format is torch.contiguous_format:
+        return contiguous(x)
+    return x.contiguous(memory_format=format)
+
+
 def _strides(shape: torch.Size, last: bool) -> list[int]:
     order = [0, *range(2, len(shape)), 1] if last else list(range(len(shape)))
     strides, step = [0] * len(shape), 1
@@ -324,7 +330,7 @@ def hand_on(
 ) -> Tensor:
     """What a layer gives to whoever called it: pending where a known operation is the reader."""
     if isinstance(source, Map) and source.value().is_contiguous(memory_format=format):
-        return source.value()
+        return _in_format(source.value(), format)
     like, *_ = source.inputs()
     graph = torch.is_grad_enabled()
     tensor: Any
@@ -336,7 +342,7 @@ def hand_on(
         else:
             tensor = _without_values(*made)
     else:
-        value = source.value().contiguous(memory_format=format)
+        value = _in_format(source.value(), format)
         if readers.asked:
             return value
         readers.asked = True

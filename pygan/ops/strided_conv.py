@@ -32,7 +32,7 @@ arXiv:1509.09308.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -472,7 +472,7 @@ def prepare(
             f"method {method!r} cannot run {conv_pass} between {small_size} and {big_size}"
             f"{_TAKES.get(method, '')}; take another one, or 'auto'"
         )
-    if impl == "auto" and not (layer.up or layer.down or layer.weight_grad):
+    if impl == "auto" and not (getattr(layer, conv_pass) and layer.weight_grad):
         return None
     last = is_last(x) or is_last(weight)
     if autocast is not None:
@@ -493,7 +493,7 @@ def up(
     :func:`pygan.functional.conv_transpose2d`."""
     call = prepare("up", small, weight, bias, output_padding, method=method, impl=impl)
     if call is None:
-        return up_ref(small, weight, bias, output_padding)
+        return _by_torch(small, weight, lambda x: up_ref(x, weight, bias, output_padding))
     return Conv.apply("up", *call) if torch.is_grad_enabled() else run_up(*call)
 
 
@@ -513,7 +513,8 @@ def down(
         raise UserError(f"activation is {activation!r}; it is one of {', '.join(ACTIVATIONS)}")
     call = prepare("down", big, weight, bias, method=method, impl=impl)
     if call is None:
-        return down_ref(big, weight, bias, activation, negative_slope)
+        z = _by_torch(big, weight, lambda x: down_ref(x, weight, bias))
+        return _activate(z, activation, negative_slope)
     extra: tuple[Any, ...] = ()
     # Below a slope of 0 the signs behind the activation do not tell those before it.
     if activation != "none" and call.layer.takes_activation and negative_slope >= 0:
@@ -521,6 +522,21 @@ def down(
     graph = torch.is_grad_enabled()
     z = Conv.apply("down", *call, *extra) if graph else run_down(*call, *extra)
     return _activate(z, activation, negative_slope)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """x contiguous, by its strides too where one channel or one position leaves them open."""
+    x = x.contiguous()
+    return x.flatten().view(x.shape) if x.dim() == 4 and is_last(x) else x
+
+
+def _by_torch(x: Tensor, weight: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """A convolution that torch runs: it copies a weight whose layout is not the map's, so a map
+    that is the smaller of both is copied instead."""
+    if x.dim() == weight.dim() == 4 and x.is_cpu and weight.numel() > 2 * x.numel():
+        if is_last(x) and not is_last(weight):
+            return run(contiguous(x)).contiguous(memory_format=_LAST)
+    return run(x)
 
 
 def _pair(size: Any) -> tuple[Any, ...]:
@@ -595,7 +611,9 @@ def conv2d(
         and _dense(input, weight, bias, weight.shape[0], impl)
     ):
         return _whole_map(input, weight, bias)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return _by_torch(
+        input, weight, lambda x: F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    )
 
 
 def conv_transpose2d(
@@ -625,8 +643,12 @@ def conv_transpose2d(
         and _dense(input, weight, bias, weight.shape[1], impl)
     ):
         return _from_point(input, weight, bias)
-    return F.conv_transpose2d(
-        input, weight, bias, stride, padding, output_padding, groups, dilation
+    return _by_torch(
+        input,
+        weight,
+        lambda x: F.conv_transpose2d(
+            x, weight, bias, stride, padding, output_padding, groups, dilation
+        ),
     )
 
 
