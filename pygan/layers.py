@@ -2,7 +2,8 @@
 
 ``pygan.fuse`` exchanges the class of a layer for the one here. It differs in one thing: where its
 input is a plain tensor that pygan's kernels take, its operation is done by
-:mod:`pygan.known_operations`.
+:mod:`pygan.known_operations`. The hooks of the fused module do the same with its input, and see
+that only plain tensors leave it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from pygan.known_operations import may_enter
-from pygan.pending import Readers, entered, format_of
+from pygan.pending import Readers, entered, format_of, plain, taken_in
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -26,7 +28,7 @@ class _Entering(nn.Module):
             format = format_of(input)
             if format is not None:
                 input = entered(input, format, self._seen())
-        return super().forward(input, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        return super().forward(input, *args, **kwargs)
 
     def _seen(self) -> Readers:
         readers: Readers | None = vars(self).get("_readers")
@@ -90,3 +92,34 @@ EXCHANGED: dict[type[nn.Module], type[nn.Module]] = {
         *(Conv2d, ConvTranspose2d),
     )
 }
+
+
+def globally_hooked() -> bool:
+    """Whether something watches every module's call."""
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def take_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A forward pre-hook of the module that was fused: operations on its maps are taken over."""
+    if not args or not may_enter(args[0]) or args[0].dim() != 4 or args[0].shape[2:].numel() == 1:
+        return None
+    format = format_of(args[0])
+    if format is None or globally_hooked():
+        return None
+    readers = vars(module).setdefault("_readers", Readers())
+    return (taken_in(args[0], format, readers.of("input")), *args[1:])
+
+
+def hand_out(module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook of the module that was fused: others get plain tensors."""
+    return None if type(output) is Tensor else plain(output)
+
+
+def is_own_hook(hook: Any) -> bool:
+    """Whether a hook is one of these two."""
+    return hook is take_in or hook is hand_out

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pygan.errors import UserError
-from pygan.fuse import FusedSequential
+from pygan.sequential import FusedSequential
 
 __all__ = ["DiscriminatorBlock", "GeneratorBlock"]
 

@@ -170,13 +170,13 @@ Handler = Callable[["Observed", Any, tuple[Any, ...], dict[str, Any]], Any]
 HANDLERS: dict[Any, Handler] = {}
 
 # Questions that the tensor answers without its values.
-_PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "is_cpu", "layout", "names")
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "is_cpu", "layout", "requires_grad")
 _QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.__len__),
     *(Tensor.__hash__, Tensor.get_device, Tensor.element_size),
-    *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.requires_grad.__get__),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
 
 
@@ -232,12 +232,15 @@ class Observed(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*plain(args), **plain(kwargs))
         # What changes a tensor in place gives that tensor back.
-        for given in args[:1]:
-            if isinstance(given, Observed) and result is given.shown and result is not None:
-                if getattr(func, "__name__", "").rstrip("_") != func.__name__:
-                    given.become(Map(result))
-                    given.shown = result
-                    return given
+        given = args[0] if args else None
+        name = getattr(func, "__name__", "")
+        in_place = result is not None and name.rstrip("_") != name
+        if in_place and isinstance(given, Observed) and isinstance(result, Tensor):
+            if result is not given.shown:
+                return result
+            given.become(Map(result))
+            given.shown = result
+            return given
         return result
 
 
@@ -245,7 +248,7 @@ class Pending(Observed):
     """A tensor whose values are yet to be made."""
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Only what does not ask __torch_function__ gets here, below autograd: the body of an
@@ -346,7 +349,7 @@ def hand_on(
         if readers.asked:
             return value
         readers.asked = True
-        tensor = value.as_subclass(Observed)  # type: ignore[arg-type]
+        tensor = value.as_subclass(Observed)
         tensor.shown = value if isinstance(source, Map) else None
         tensor.source, tensor.promised, tensor.lent = source, [source], False
     tensor.readers, tensor.format = readers, format
@@ -361,7 +364,7 @@ def taken_in(x: Tensor, format: torch.memory_format, readers: Readers) -> Tensor
     if readers.asked:
         return x
     readers.asked = True
-    tensor: Any = x.as_subclass(Observed)  # type: ignore[arg-type]
+    tensor: Any = x.as_subclass(Observed)
     tensor.source, tensor.promised, tensor.lent, tensor.shown = Map(x), [Map(x)], False, x
     tensor.readers, tensor.format = readers, format
     tensor._modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")

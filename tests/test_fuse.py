@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import pygan
-from pygan.fuse import FusedSequential, why_not_mergeable
+from pygan.fuse import why_not_mergeable
 from pygan.ops.norm_act import batch_groups
+from pygan.sequential import FusedSequential
 
 
 def blocks() -> nn.Sequential:
@@ -63,7 +64,7 @@ def test_same_numbers_in_training_and_evaluation() -> None:
 def test_fused_blocks_call_the_fused_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     _, fused = pair()
     # pygan.fuse the function hides pygan.fuse the module.
-    module = sys.modules["pygan.fuse"]
+    module = sys.modules["pygan.sequential"]
     calls = []
     norm_act, norm_conv = module.norm_act, module.norm_conv
 
@@ -161,11 +162,11 @@ def test_report_names_what_is_left() -> None:
 
     network = nn.Sequential(Attribute(), OwnNorm(3), nn.BatchNorm2d(3), nn.ReLU())
     report = pygan.fuse(network)
-    assert report.fused == ["2 BatchNorm2d + 3 ReLU"]
-    assert report.skipped == [
-        ("1 OwnNorm", "OwnNorm is a class of its own"),
-        ("0.norm", "it is not called by a nn.Sequential"),
+    assert report.fused == [
+        "2 BatchNorm2d + 3 ReLU",
+        "0.norm BatchNorm2d (with what follows it)",
     ]
+    assert report.skipped == [("1 OwnNorm", "OwnNorm is a class of its own")]
     assert str(report).splitlines()[0].split() == ["2", "BatchNorm2d", "+", "3", "ReLU", "fused"]
     with pytest.raises(pygan.UserError, match="OwnNorm"):
         pygan.fuse(copy.deepcopy(network), strict=True)
@@ -250,7 +251,7 @@ def test_convolutions_without_batch_norm_are_fused() -> None:
 def test_fused_convolutions_call_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = convolutions()
     pygan.fuse(fused)
-    module = sys.modules["pygan.fuse"]
+    module = sys.modules["pygan.sequential"]
     calls = []
     for name in ("conv2d", "conv_transpose2d"):
 
@@ -309,7 +310,7 @@ def test_convolutions_of_images_take_their_activation(monkeypatch: pytest.Monkey
         "9 Conv2d",
         "11 Conv2d + 12 LeakyReLU",
     ]
-    module = sys.modules["pygan.fuse"]
+    module = sys.modules["pygan.sequential"]
     calls = []
     real = module.down
 
@@ -351,7 +352,7 @@ def test_gradient_penalty_through_a_fused_activation() -> None:
 
 
 def module_convolutions() -> tuple[type[nn.Module], ...]:
-    return sys.modules["pygan.fuse"].CONVOLUTIONS
+    return sys.modules["pygan.sequential"].CONVOLUTIONS
 
 
 def test_report_names_convolutions_that_are_left() -> None:
@@ -379,7 +380,7 @@ def test_report_names_convolutions_that_are_left() -> None:
     )
     plain = copy.deepcopy(network)
     report = pygan.fuse(network)
-    assert report.fused == []
+    assert report.fused == ["8.conv Conv2d (with what follows it)"]
     assert report.skipped == [
         ("0 Conv2d", "it has groups or a dilation"),
         ("1 Conv2d", "its padding_mode is reflect"),
@@ -387,7 +388,6 @@ def test_report_names_convolutions_that_are_left() -> None:
         ("3 ParametrizedConv2d", "ParametrizedConv2d is a class of its own"),
         ("4 Conv2d", "it has hooks"),
         ("7 Conv2d", "it has groups or a dilation"),
-        ("8.conv", "it is not called by a nn.Sequential"),
     ]
     assert type(network) is nn.Sequential
     with pytest.raises(pygan.UserError, match="0 Conv2d cannot be fused: it has groups"):
@@ -452,7 +452,7 @@ def assert_near(a: list[Tensor], b: list[Tensor]) -> None:
 
 def watch_folds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the inputs of every folded operation that is called."""
-    module = sys.modules["pygan.fuse"]
+    module = sys.modules["pygan.sequential"]
     calls: list[tuple[int, ...]] = []
     for name in ("upsample_conv2d", "conv2d_avg_pool"):
 
@@ -557,8 +557,8 @@ def test_what_is_not_folded() -> None:
         network = nn.Sequential(first, second)
         plain = copy.deepcopy(network)
         pygan.fuse(network)
-        kinds = [kind for _, kind, _ in sys.modules["pygan.fuse"]._runs(list(network))]
-        assert not set(kinds) & set(sys.modules["pygan.fuse"].FOLDED), network
+        kinds = [kind for _, kind, _ in sys.modules["pygan.sequential"].fused_runs(list(network))]
+        assert not set(kinds) & set(sys.modules["pygan.sequential"].FOLDED), network
         x = torch.randn(2, 4, 8, 8)
         torch.testing.assert_close(network(x), plain(x))
 

@@ -165,7 +165,7 @@ def test_copies_pickles_and_states_compute_the_same(name: str) -> None:
 def test_runs_by_the_fused_operations(
     kind: Any, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, calls = sys.modules["pygan.fuse"], []
+    module, calls = sys.modules["pygan.sequential"], []
 
     def watch(name: str) -> None:
         original = getattr(module, name)

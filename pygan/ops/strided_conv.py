@@ -533,9 +533,9 @@ def contiguous(x: Tensor) -> Tensor:
 def _by_torch(x: Tensor, weight: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     """A convolution that torch runs: it copies a weight whose layout is not the map's, so a map
     that is the smaller of both is copied instead."""
-    if x.dim() == weight.dim() == 4 and x.is_cpu and weight.numel() > 2 * x.numel():
-        if is_last(x) and not is_last(weight):
-            return run(contiguous(x)).contiguous(memory_format=_LAST)
+    maps = x.dim() == weight.dim() == 4 and x.is_cpu
+    if maps and weight.numel() > 2 * x.numel() and is_last(x) and not is_last(weight):
+        return run(contiguous(x)).contiguous(memory_format=_LAST)
     return run(x)
 
 

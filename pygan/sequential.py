@@ -1,0 +1,369 @@
+"""A ``nn.Sequential`` that runs neighbouring layers as one operation.
+
+Which layers those are is read off the layers at every call, so that hooks and exchanged layers
+count at once; what they compute is in :mod:`pygan.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pygan.known_operations import may_enter
+from pygan.layers import globally_hooked, is_own_hook
+from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
+from pygan.ops.norm_act import Settings, current_groups, norm_act
+from pygan.ops.norm_conv import Conv, norm_conv
+from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, is_last
+from pygan.pending import Map, Observed, Readers, hand_on, in_last
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+}
+PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU)
+FOLDED = ("upsample and convolution", "convolution and pool")
+
+
+def why_opaque(layer: nn.Module) -> str | None:
+    """Why a layer has to be called as a module (something may watch or replace the call)."""
+    if (
+        not all(map(is_own_hook, layer._forward_hooks.values()))
+        or not all(map(is_own_hook, layer._forward_pre_hooks.values()))
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    ):
+        return "it has hooks"
+    if "forward" in vars(layer):
+        return "its forward has been replaced"
+    return None
+
+
+def is_strided(layer: nn.Module) -> bool:
+    """Whether it is of the kind that has kernels: 4x4, stride 2, padding 1."""
+    return (
+        isinstance(layer, CONVOLUTIONS)
+        and layer.kernel_size == (4, 4)
+        and layer.stride == (2, 2)
+        and layer.padding == (1, 1)
+    )
+
+
+def _is_dense(layer: nn.Module) -> bool:
+    """Whether it is one product of matrices for maps of one size: a 1x1 map for a transposed
+    convolution, a map of the kernel's size for another."""
+    return (
+        isinstance(layer, CONVOLUTIONS)
+        and layer.kernel_size != (1, 1)
+        and layer.padding == (0, 0)
+        and layer.output_padding == (0, 0)
+    )
+
+
+def why_not_convolution(layer: nn.Module) -> str | None:
+    """Why a convolution of a kind that is fused has to be called as a module."""
+    assert isinstance(layer, CONVOLUTIONS)
+    if type(layer) not in CONVOLUTIONS:
+        return f"{type(layer).__name__} is a class of its own"
+    if layer.padding_mode != "zeros":
+        return f"its padding_mode is {layer.padding_mode}"
+    if layer.dilation != (1, 1) or layer.groups != 1:
+        return "it has groups or a dilation"
+    return why_opaque(layer)
+
+
+def _is_convolution(layer: nn.Module) -> bool:
+    return (is_strided(layer) or _is_dense(layer)) and why_not_convolution(layer) is None
+
+
+def _is_tanh(layer: nn.Module) -> bool:
+    return type(layer) is nn.Tanh and why_opaque(layer) is None
+
+
+def _takes_activation(layer: nn.Module) -> bool:
+    """Whether it is of the kind whose kernels run an activation as well."""
+    return type(layer) is nn.Conv2d and is_strided(layer) and layer.in_channels <= DIRECT_CHANNELS
+
+
+def _is_upsampling(layer: nn.Module) -> bool:
+    """Whether it is the nearest upsampling by 2 and nothing else."""
+    return (
+        type(layer) in (nn.Upsample, nn.UpsamplingNearest2d)
+        and isinstance(layer, nn.Upsample)
+        and layer.mode == "nearest"
+        and layer.size is None
+        and layer.scale_factor in (2, (2, 2))
+        and not layer.recompute_scale_factor
+        and why_opaque(layer) is None
+    )
+
+
+def _is_pool(layer: nn.Module) -> bool:
+    """Whether it is the average over windows of 2x2 and nothing else."""
+    return (
+        type(layer) is nn.AvgPool2d
+        and layer.kernel_size in (2, (2, 2))
+        and layer.stride in (2, (2, 2))
+        and layer.padding in (0, (0, 0))
+        and not layer.ceil_mode
+        and layer.divisor_override is None
+        and why_opaque(layer) is None
+    )
+
+
+def _is_same_sized(layer: nn.Module) -> bool:
+    """Whether it is a plain 3x3 convolution whose map keeps its size."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (3, 3)
+        and layer.stride == (1, 1)
+        and layer.padding == (1, 1)
+        and why_not_convolution(layer) is None
+    )
+
+
+def _folded(layer: nn.Module, follower: nn.Module) -> str | None:
+    """Which of ``FOLDED`` the two layers are, if any."""
+    if _is_upsampling(layer) and _is_same_sized(follower):
+        return FOLDED[0]
+    return FOLDED[1] if _is_same_sized(layer) and _is_pool(follower) else None
+
+
+def fused_runs(layers: list[nn.Module]) -> Iterator[tuple[int, str, nn.Module | None]]:
+    """Index of every layer that is called, whether it runs as an operation ("convolution",
+    "norm", one of ``FOLDED``) or as a "module", and the activation, or the second layer of those
+    folded, that it takes along."""
+    i = 0
+    while i < len(layers):
+        if i + 1 < len(layers) and (pair := _folded(layers[i], layers[i + 1])) is not None:
+            yield i, pair, layers[i + 1]
+            i += 2
+            continue
+        kind: str = "module"
+        taken: Container[type[nn.Module]] = ()
+        if type(layers[i]) in BATCH_NORMS and why_opaque(layers[i]) is None:
+            kind, taken = "norm", ACTIVATIONS
+        elif _is_convolution(layers[i]):
+            kind, taken = "convolution", PIECEWISE_LINEAR if _takes_activation(layers[i]) else ()
+        follower = layers[i + 1] if i + 1 < len(layers) else None
+        if type(follower) not in taken or (follower and why_opaque(follower) is not None):
+            follower = None
+        yield i, kind, follower
+        i += 1 if follower is None else 2
+
+
+def _convolution_layer(layer: nn.Module, activation: nn.Module | None, x: Tensor) -> Tensor:
+    """What ``activation(layer(x))`` computes."""
+    assert isinstance(layer, CONVOLUTIONS)
+    if activation is not None:
+        return down(
+            x,
+            layer.weight,
+            layer.bias,
+            ACTIVATIONS[type(activation)],
+            getattr(activation, "negative_slope", 0.0),
+        )
+    if isinstance(layer, nn.ConvTranspose2d):
+        assert not isinstance(layer.padding, str)
+        return conv_transpose2d(
+            x,
+            layer.weight,
+            layer.bias,
+            layer.stride,
+            layer.padding,
+            layer.output_padding,
+            layer.groups,
+            layer.dilation,
+        )
+    return conv2d(
+        x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+
+
+def _folded_layers(first: nn.Module, second: nn.Module | None, x: Tensor) -> Tensor:
+    """What ``second(first(x))`` computes."""
+    if isinstance(first, nn.Conv2d):
+        return conv2d_avg_pool(x, first.weight, first.bias)
+    assert isinstance(second, nn.Conv2d)
+    return upsample_conv2d(x, second.weight, second.bias)
+
+
+def _strided(layer: nn.Module, activation: nn.Module | None) -> Conv | None:
+    """The convolution as an operation, where it is 4x4 of stride 2."""
+    assert isinstance(layer, CONVOLUTIONS)
+    if not is_strided(layer):
+        return None
+    if isinstance(layer, nn.ConvTranspose2d):
+        return Conv("up", layer.weight, layer.bias, layer.output_padding)
+    return Conv(
+        "down",
+        layer.weight,
+        layer.bias,
+        activation="none" if activation is None else ACTIVATIONS[type(activation)],
+        negative_slope=getattr(activation, "negative_slope", 0.0),
+    )
+
+
+def _norm_act_layers(
+    norm: nn.Module, activation: nn.Module | None, x: Tensor, conv: Conv | None = None
+) -> Tensor:
+    """What ``activation(norm(x))`` computes, ``num_batches_tracked`` and all, and behind it
+    ``conv``."""
+    assert isinstance(norm, BATCH_NORMS)
+    norm._check_input_dim(x)
+    by_batch = norm.training or norm.running_mean is None
+    tracked = norm.training and norm.track_running_stats
+    groups = current_groups() if by_batch else 1
+    if norm.momentum is None and tracked and groups > 1:
+        # A cumulative average has another momentum for each group.
+        parts = x.chunk(groups)
+        return torch.cat(
+            [_one_group(norm, activation, part, by_batch, tracked, 1, conv) for part in parts]
+        )
+    return _one_group(norm, activation, x, by_batch, tracked, groups, conv)
+
+
+def _one_group(
+    norm: nn.Module,
+    activation: nn.Module | None,
+    x: Tensor,
+    by_batch: bool,
+    tracked: bool,
+    groups: int,
+    conv: Conv | None,
+) -> Tensor:
+    assert isinstance(norm, BATCH_NORMS)
+    momentum = norm.momentum
+    if tracked and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(groups)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    follows = tracked or not by_batch
+    running = (norm.running_mean, norm.running_var) if follows else (None, None)
+    settings = Settings(
+        by_batch,
+        0.0 if momentum is None else momentum,
+        norm.eps,
+        "none" if activation is None else ACTIVATIONS[type(activation)],
+        getattr(activation, "negative_slope", 0.0),
+        groups,
+    )
+    if conv is not None:
+        return norm_conv(x, *running, norm.weight, norm.bias, settings, conv)
+    return norm_act(x, *running, norm.weight, norm.bias, **settings._asdict())
+
+
+# What does the same to a map in any layout.
+_LAYOUT_FREE = (
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.Identity,
+    nn.Upsample,
+    nn.UpsamplingNearest2d,
+    nn.UpsamplingBilinear2d,
+    nn.PixelShuffle,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.ZeroPad2d,
+    nn.ReflectionPad2d,
+    nn.ReplicationPad2d,
+)
+
+
+class FusedSequential(nn.Sequential):
+    """A ``nn.Sequential`` that runs each batch norm with the activation behind it, and with a
+    strided convolution behind both, and convolutions that pygan has a faster form of by that,
+    those of images with theirs. Contiguous maps go through it in channels_last where it convolves
+    them.
+
+    Hooks are looked for at every call, so one that is added later is honoured. While something
+    traces or compiles the module it is a plain ``nn.Sequential``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        known = type(input) is Tensor or isinstance(input, Observed)
+        if traced or not known or globally_hooked():
+            return super().forward(input)
+        layers = list(self._modules.values())
+        runs = list(fused_runs(layers))
+        shown = _shown(input, layers)
+        pending = iter(enumerate(runs))
+        for at, (i, kind, activation) in pending:
+            if kind == "module":
+                before = runs[at - 1][1:] if at else None
+                input = self._called(i, layers[i], input, shown, before == ("convolution", None))
+                continue
+            input = _opened(input, shown)
+            if kind == "norm":
+                conv = None
+                if at + 1 < len(runs) and runs[at + 1][1] == "convolution":
+                    conv = _strided(layers[runs[at + 1][0]], runs[at + 1][2])
+                input = _norm_act_layers(layers[i], activation, input, conv)
+                if conv is not None:
+                    next(pending)
+            elif kind == "convolution":
+                input = _convolution_layer(layers[i], activation, input)
+            else:
+                input = _folded_layers(layers[i], activation, input)
+        return self._shown(input, shown, "output")
+
+    def _called(
+        self,
+        i: int,
+        layer: nn.Module,
+        input: Tensor,
+        shown: torch.memory_format | None,
+        own: bool,
+    ) -> Tensor:
+        """A layer that is called as a module; ``own`` tells that nobody else reads its input."""
+        if _is_tanh(layer) and own and type(input) is Tensor:
+            # What a convolution puts out is nobody else's, and no gradient needs it.
+            return torch.tanh_(input)
+        if type(layer) not in _LAYOUT_FREE or layer._forward_hooks or layer._forward_pre_hooks:
+            input = self._shown(input, shown, i)
+        return layer(input)
+
+    def _shown(self, x: Tensor, shown: torch.memory_format | None, reader: Any) -> Tensor:
+        """The map as others may see it."""
+        if shown is None or type(x) is not Tensor or x.dim() != 4:
+            return x
+        if "_readers" not in vars(self):
+            self._readers = Readers()
+        return hand_on(Map(x), x.shape, shown, self._readers.of(reader))
+
+
+def _shown(input: Tensor, layers: list[nn.Module]) -> torch.memory_format | None:
+    """The layout to show of maps that go through the layers in channels_last, or None where they
+    go through as they come."""
+    if isinstance(input, Observed):
+        return input.format
+    if not may_enter(input) or input.dim() != 4 or not input.is_contiguous():
+        return None
+    convolutions = [layer for layer in layers if isinstance(layer, CONVOLUTIONS)]
+    # Only parameters: to ask for a weight that is computed may change it.
+    weights = [layer._parameters.get("weight") for layer in convolutions]
+    if not convolutions or any(w is not None and w.dim() == 4 and is_last(w) for w in weights):
+        return None
+    return torch.contiguous_format
+
+
+def _opened(x: Tensor, shown: torch.memory_format | None) -> Tensor:
+    if isinstance(x, Observed):
+        x = x.value()
+    return x if shown is None or x.dim() != 4 else in_last(x)
