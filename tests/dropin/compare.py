@@ -5,7 +5,9 @@ network in float64, the fused one may be off by twice what plain torch in float3
 for gradients of weights), or by the floor. Where that fails, plain torch's error is taken as the
 largest one of several orders of summation, those of a shuffled batch: of a tensor with few
 elements one order alone may be right by chance. A gradient that is zero in exact arithmetic has
-no scale of its own and takes that of all gradients of the network.
+no scale of its own and takes that of all gradients of the network. That of a bias is a sum over
+the batch and the map, whose terms may cancel: its scale is at least what as many elements of the
+network's gradients have on average.
 
 An activation with a kink makes a gradient jump, and at the kink float32 may take either side. So
 inputs are drawn until no activation of the float64 network lies nearer to its kink than
@@ -295,9 +297,13 @@ def _scales(oracle: Seen) -> dict[str, float]:
     scales = {name: _norm(value) for name, value in oracle.values.items()}
     for names in oracle.gradients.values():
         whole = sum(scales[name] ** 2 for name in names) ** 0.5
+        elements = sum(oracle.values[name].numel() for name in names)
         for name in names:
+            value = oracle.values[name]
             if scales[name] <= ZERO * whole:
                 scales[name] = whole
+            elif value.dim() <= 1:
+                scales[name] = max(scales[name], whole * (value.numel() / elements) ** 0.5)
     return scales
 
 
