@@ -530,12 +530,28 @@ def contiguous(x: Tensor) -> Tensor:
     return x.flatten().view(x.shape) if x.dim() == 4 and is_last(x) else x
 
 
+class _Contiguous(torch.autograd.Function):
+    """:func:`contiguous` of a channels_last map, whose gradient is channels_last as the map is."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return contiguous(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy.contiguous(memory_format=_LAST)
+
+
 def _by_torch(x: Tensor, weight: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     """A convolution that torch runs: it copies a weight whose layout is not the map's, so a map
     that is the smaller of both is copied instead."""
     maps = x.dim() == weight.dim() == 4 and x.is_cpu
     if maps and weight.numel() > 2 * x.numel() and is_last(x) and not is_last(weight):
-        return run(contiguous(x)).contiguous(memory_format=_LAST)
+        return run(_Contiguous.apply(x)).contiguous(memory_format=_LAST)
     return run(x)
 
 
