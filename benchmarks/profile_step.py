@@ -24,7 +24,7 @@ from benchmarks.steps import DCGAN_ADAM
 from pygan import cli
 from pygan.errors import UserError
 from pygan.ops import native
-from pygan.run import replace_file
+from pygan.run_folder import replace_file
 
 PROG = "python -m benchmarks.profile_step"
 WARM_UP = 3

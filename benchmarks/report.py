@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import summary
 from pygan import cli
 from pygan.errors import UserError
-from pygan.run import replace_file
+from pygan.run_folder import replace_file
 
 PROG = "python -m benchmarks.report"
 START, END = "<!-- results -->", "<!-- /results -->"

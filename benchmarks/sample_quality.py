@@ -35,7 +35,7 @@ from pygan.checkpoint import load_generator
 from pygan.data.cache import Cache
 from pygan.errors import UserError
 from pygan.metrics import feature_statistics, frechet_distance
-from pygan.run import read_config, replace_file
+from pygan.run_folder import read_config, replace_file
 from pygan.sample import generate, latents
 
 PROG = "python -m benchmarks.sample_quality"

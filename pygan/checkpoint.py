@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pygan.errors import UserError
 from pygan.models import Generator
-from pygan.run import RESUME
+from pygan.run_folder import RESUME
 
 _METADATA = "pygan"
 _TREE = "run-state-1"

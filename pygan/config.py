@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from pygan import cli, losses
 from pygan.errors import UserError
-from pygan.run import CONFIG
+from pygan.run_folder import CONFIG
 
 PROG: Final = "python -m pygan.train"
 BUILT_IN: Final = ("fashion-mnist", "fake")

@@ -24,7 +24,7 @@ import pygan
 from pygan import cli
 from pygan.checkpoint import load_generator
 from pygan.errors import UserError
-from pygan.run import check_writable, full, replace_file, sync_folder
+from pygan.run_folder import check_writable, full, replace_file, sync_folder
 
 PROG = "python -m pygan.sample"
 COLUMNS = 8

@@ -32,7 +32,7 @@ from pygan.config import (
 from pygan.data import ImageSet
 from pygan.errors import UserError
 from pygan.memory import check_memory
-from pygan.run import CONFIG, RESUME, RunFolder, check_new, read_config
+from pygan.run_folder import CONFIG, RESUME, RunFolder, check_new, read_config
 from pygan.training import Networks, StopSignal, Training
 
 

@@ -25,7 +25,7 @@ from pygan.cli import Failure
 from pygan.config import Config, fixed
 from pygan.data import ImageSet
 from pygan.functional import image_batch
-from pygan.run import RESUME, RunFolder
+from pygan.run_folder import RESUME, RunFolder
 from pygan.sample import encode, generate, grid, latents
 
 if TYPE_CHECKING:

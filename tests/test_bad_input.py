@@ -24,9 +24,8 @@ import torch
 from PIL import Image
 from training import ROOT, TINY, resume, start, train
 
-from pygan import checkpoint
-from pygan import run as run_folder
-from pygan.run import RunFolder
+from pygan import checkpoint, run_folder
+from pygan.run_folder import RunFolder
 from pygan.train import main
 
 
