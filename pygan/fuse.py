@@ -2,8 +2,8 @@
 
 A ``nn.Sequential`` keeps its children, parameters, buffers, hooks and ``state_dict``; its class is
 exchanged for :class:`pygan.sequential.FusedSequential`. Layers that a ``forward`` calls itself get
-the class of the same name in :mod:`pygan.layers`, which runs them with what follows them, whatever
-that turns out to be. Two hooks on the module take its input in and hand plain tensors out.
+a hook of :mod:`pygan.layers`, which runs them with what follows them, whatever that turns out to
+be. Two hooks on the module take its input in and hand plain tensors out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from pygan.sequential import (
     why_not_convolution,
     why_opaque,
 )
+
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @dataclass
@@ -85,18 +87,20 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
         if layer in inside or not _is_leaf(layer):
             continue
         title = f"{name} {type(layer).__name__}" if name else type(layer).__name__
-        if type(layer) in _layers.EXCHANGED or type(layer) in _layers.EXCHANGED.values():
+        reason = _why_not_leaf(layer)
+        if reason is None:
             leaves.append(layer)
             report.fused.append(f"{title} (with what follows it)")
         else:
-            report.skipped.append((title, f"{type(layer).__name__} is a class of its own"))
+            report.skipped.append((title, reason))
     if strict and report.skipped:
         name, reason = report.skipped[0]
         raise UserError(f"{name} cannot be fused: {reason}; pass strict=False to leave it")
     for container in containers:
         container.__class__ = FusedSequential
     for layer in leaves:
-        layer.__class__ = _layers.EXCHANGED.get(type(layer), type(layer))
+        if _layers.enter not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_layers.enter)
     if report.fused and _layers.hand_out not in module._forward_hooks.values():
         module.register_forward_hook(_layers.hand_out, prepend=True)
         module.register_forward_pre_hook(_layers.take_in)
@@ -105,12 +109,22 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
 
 def _is_leaf(layer: nn.Module) -> bool:
     """Whether a layer outside a ``nn.Sequential`` may run with what follows it, or by a kernel."""
-    norms = (*BATCH_NORMS, *_layers.INSTANCE_NORMS)
-    return isinstance(layer, norms) or is_strided(layer) or _is_plain_convolution(layer)
+    return isinstance(layer, _layers.NORMS) or is_strided(layer) or type(layer) in CONVOLUTIONS
 
 
-def _is_plain_convolution(layer: nn.Module) -> bool:
-    return type(layer) in (*CONVOLUTIONS, _layers.Conv2d, _layers.ConvTranspose2d)
+def _why_not_leaf(layer: nn.Module) -> str | None:
+    """Why such a layer has to be called as it is."""
+    if type(layer) not in (*_layers.NORMS, *CONVOLUTIONS) and not _is_parametrized(layer):
+        return f"{type(layer).__name__} is a class of its own"
+    if _layers.watched(layer):
+        return "it has hooks"
+    return "its forward has been replaced" if "forward" in vars(layer) else None
+
+
+def _is_parametrized(layer: nn.Module) -> bool:
+    """Whether torch made the class, for a weight that is computed, of one of its own."""
+    parametrized = nn.utils.parametrize.is_parametrized(layer)
+    return parametrized and type(layer).__bases__[0] in (*_layers.NORMS, *CONVOLUTIONS)
 
 
 def _describe(
@@ -118,7 +132,7 @@ def _describe(
 ) -> None:
     keys, layers = list(container._modules), list(container)
     prefix = f"{name}." if name else ""
-    inside.update(layer for layer in layers if not isinstance(layer, _layers.INSTANCE_NORMS))
+    inside.update(layer for layer in layers if not isinstance(layer, _INSTANCE_NORMS))
     convolution: list[str] = []  # one that may head the row of the batch norm behind it
     for i, kind, activation in fused_runs(layers):
         layer = layers[i]
@@ -158,11 +172,9 @@ def _taken_maps(layer: nn.Module) -> str:
 
 def unfuse(module: nn.Module) -> None:
     """Undoes :func:`fuse`: every layer is of torch's own class again."""
-    plain_classes = {fused: own for own, fused in _layers.EXCHANGED.items()}
     for layer in module.modules():
-        own = nn.Sequential if type(layer) is FusedSequential else plain_classes.get(type(layer))
-        if own is not None:
-            layer.__class__ = own
+        if type(layer) is FusedSequential:
+            layer.__class__ = nn.Sequential  # type: ignore[assignment]
             vars(layer).pop("_readers", None)
         for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
             for key, hook in list(hooks.items()):
@@ -202,8 +214,6 @@ _SAMPLE_WISE = (
     nn.ReplicationPad2d,
     nn.LayerNorm,
     nn.GroupNorm,
-    _layers.Conv2d,
-    _layers.ConvTranspose2d,
 )
 
 

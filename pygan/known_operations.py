@@ -28,6 +28,7 @@ from pygan.pending import (
     hand_on,
     in_last,
     plain,
+    saving_is_watched,
 )
 
 
@@ -82,7 +83,8 @@ def _instance_norm(
         if input is not first or tracked or not use_input_stats or one_value:
             return NotImplemented
         settings = Settings(True, momentum, eps, "none", 0.0, first.shape[0])
-        return _normed(first, func, (None, None), weight, bias, settings)
+        # torch puts out contiguous maps whatever the layout of its input.
+        return _normed(first, func, (None, None), weight, bias, settings, torch.contiguous_format)
 
     return bound(*args, **kwargs)
 
@@ -94,6 +96,7 @@ def _normed(
     weight: Tensor | None,
     bias: Tensor | None,
     settings: Settings,
+    format: torch.memory_format | None = None,
 ) -> Tensor:
     x = first.value()
     if x.numel() == 0 or norm_act.supports_cpu(x, *running, weight, bias) is not None:
@@ -101,7 +104,7 @@ def _normed(
     settings = norm_act.checked_settings(x, *running, settings)
     first.lent = True
     source = Normed(x, running, weight, bias, settings)
-    return hand_on(source, x.shape, first.format, first.readers.of(func))
+    return hand_on(source, x.shape, format or first.format, first.readers.of(func))
 
 
 def _activation(
@@ -323,4 +326,5 @@ def may_enter(x: Any) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and not saving_is_watched()
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from pygan.ops import norm_act, norm_conv
 from pygan.ops.folded_conv import conv2d_avg_pool
 from pygan.ops.norm_act import Settings
-from pygan.ops.strided_conv import contiguous
+from pygan.ops.strided_conv import contiguous, is_last
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -224,7 +224,7 @@ class Observed(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = HANDLERS.get(func)
-        if handler is not None:
+        if handler is not None and not saving_is_watched():
             first = args[0] if args and isinstance(args[0], Observed) else _first(args, kwargs)
             result = handler(first, func, args, kwargs)
             if result is not NotImplemented:
@@ -328,11 +328,20 @@ def _without_values(source: Source, shape: torch.Size, like: Tensor, last: bool)
     return tensor
 
 
+def saving_is_watched() -> bool:
+    """Whether somebody counts the tensors that are saved for a backward, as checkpoints do: they
+    have to be the same in every call, so nothing may depend on what readers did before."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None
+
+
 def hand_on(
     source: Source, shape: torch.Size, format: torch.memory_format, readers: Readers
 ) -> Tensor:
     """What a layer gives to whoever called it: pending where a known operation is the reader."""
     if isinstance(source, Map) and source.value().is_contiguous(memory_format=format):
+        return _in_format(source.value(), format)
+    if saving_is_watched():
         return _in_format(source.value(), format)
     like, *_ = source.inputs()
     graph = torch.is_grad_enabled()
@@ -359,10 +368,10 @@ def hand_on(
 
 def taken_in(x: Tensor, format: torch.memory_format, readers: Readers) -> Tensor:
     """A plain tensor that is handed to a network from outside."""
+    if saving_is_watched() or (readers.asked and not readers.known):
+        return x
     if readers.known:
         return entered(x, format, readers)
-    if readers.asked:
-        return x
     readers.asked = True
     tensor: Any = x.as_subclass(Observed)
     tensor.source, tensor.promised, tensor.lent, tensor.shown = Map(x), [Map(x)], False, x
@@ -381,6 +390,8 @@ def entered(x: Tensor, format: torch.memory_format, readers: Readers) -> Observe
 
 def format_of(x: Tensor) -> torch.memory_format | None:
     """The layout of a plain tensor, None where it is neither of the usual ones."""
+    if x.dim() == 4 and is_last(x) and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
     if x.is_contiguous():
         return torch.contiguous_format
     last = _LAST.get(x.dim())

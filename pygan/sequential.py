@@ -18,7 +18,7 @@ from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
 from pygan.ops.norm_act import Settings, current_groups, norm_act
 from pygan.ops.norm_conv import Conv, norm_conv
 from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, is_last
-from pygan.pending import Map, Observed, Readers, hand_on, in_last
+from pygan.pending import Map, Observed, Readers, format_of, hand_on, in_last
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -296,7 +296,11 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        traced = (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+        )
         known = type(input) is Tensor or isinstance(input, Observed)
         if traced or not known or globally_hooked():
             return super().forward(input)
@@ -308,6 +312,10 @@ class FusedSequential(nn.Sequential):
             if kind == "module":
                 before = runs[at - 1][1:] if at else None
                 input = self._called(i, layers[i], input, shown, before == ("convolution", None))
+                if isinstance(input, Observed):
+                    shown = input.format
+                elif shown is not None and type(layers[i]) not in _LAYOUT_FREE:
+                    shown = format_of(input) or shown
                 continue
             input = _opened(input, shown)
             if kind == "norm":

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ class Seen:
     gradients: dict[str, list[str]] = field(default_factory=dict)
     # What has to be equal, not near: types, shapes, strides, names.
     facts: dict[str, object] = field(default_factory=dict)
+    # Norms of the terms that a gradient of one dimension is the sum of.
+    terms: dict[str, float] = field(default_factory=dict)
 
     def tensor(self, name: str, value: Tensor) -> None:
         self.values[name] = value.detach().clone()
@@ -171,11 +174,36 @@ def _objective(outputs: list[Tensor], order: Tensor | None) -> Tensor:
     return total
 
 
+class Terms:
+    """Keeps the norms of the gradients that arrive at layers with a bias."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.squares: dict[str, float] = {}
+        for name, layer in module.named_modules():
+            keys = [k for k, p in layer.named_parameters(name, recurse=False) if p.dim() == 1]
+            if keys:
+                layer.register_forward_hook(partial(self._watch, keys))
+
+    def _watch(self, keys: list[str], layer: nn.Module, args: object, output: Tensor) -> None:
+        def keep(gradient: Tensor) -> None:
+            for key in keys:
+                self.squares[key] = self.squares.get(key, 0) + _norm(gradient) ** 2
+
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(keep)
+
+    def of_pass(self, name: str) -> dict[str, float]:
+        norms = {f"{name} grad {key}": square**0.5 for key, square in self.squares.items()}
+        self.squares.clear()
+        return norms
+
+
 class Observer:
     """Runs one network through every pass, from the same state and random numbers each time."""
 
-    def __init__(self, module: nn.Module, seed: int) -> None:
+    def __init__(self, module: nn.Module, seed: int, terms: bool = False) -> None:
         self.module, self.seed = module, seed
+        self.terms = Terms(module) if terms else None
         self.state = copy.deepcopy(module.state_dict())
 
     def __call__(self, inputs: Inputs, *, penalty: bool, order: Tensor | None = None) -> Seen:
@@ -225,6 +253,8 @@ class Observer:
         ]
 
     def _gradients(self, seen: Seen, name: str, inputs: Inputs) -> None:
+        if self.terms is not None:
+            seen.terms |= self.terms.of_pass(name)
         for i, x in enumerate(tree_leaves(inputs)):
             if isinstance(x, Tensor) and x.requires_grad:
                 grad = torch.zeros_like(x) if x.grad is None else x.grad
@@ -303,7 +333,8 @@ def _scales(oracle: Seen) -> dict[str, float]:
             if scales[name] <= ZERO * whole:
                 scales[name] = whole
             elif value.dim() <= 1:
-                scales[name] = max(scales[name], whole * (value.numel() / elements) ** 0.5)
+                average = whole * (value.numel() / elements) ** 0.5
+                scales[name] = max(scales[name], oracle.terms.get(name, average))
     return scales
 
 
@@ -374,7 +405,7 @@ def assert_same(
     assert {key: (v.shape, v.dtype) for key, v in fused.state_dict().items()} == names
     # Goes into one network and comes out of the other unchanged.
     fused.load_state_dict(copy.deepcopy(module.state_dict()))
-    plain, oracle = Observer(module, seed), Observer(exact.double(), seed)
+    plain, oracle = Observer(module, seed), Observer(exact.double(), seed, terms=True)
     inputs = find_inputs(make_input, plain, oracle)
     first, truth = plain(inputs, penalty=penalty), oracle(_doubles(inputs), penalty=penalty)
     seen = Observer(fused, seed)(inputs, penalty=penalty)
@@ -433,12 +464,17 @@ def assert_agree(make: Make, run: Run) -> None:
             break
     else:
         raise AssertionError(f"no inputs of {TRIES} keep clear of every kink")
-    module = build(make)
-    pygan.fuse(module)
-    fused = seen(module, seed, torch.float32)
-    assert_equal_facts(fused, plain)
-    wrong = inaccurate(fused, [plain], oracle)
-    assert not wrong, "\n".join(wrong)
+    first, second = build(make), build(make)
+    pygan.fuse(first)
+    pygan.fuse(second)
+    for module in (first, second):
+        fused = seen(module, seed, torch.float32)
+        assert_equal_facts(fused, plain)
+        wrong = inaccurate(fused, [plain], oracle)
+        assert not wrong, "\n".join(wrong)
+        # What was found out in one run decides how the layers of the next hand on.
+        for a, b in zip(first.modules(), second.modules(), strict=True):
+            vars(b).update({k: v for k, v in vars(a).items() if k == "_readers"})
 
 
 def pair_of(make: Make) -> tuple[nn.Module, nn.Module]:
