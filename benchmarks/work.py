@@ -12,6 +12,7 @@ main memory when no tensor stays in a cache and every step that can ride along w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -141,6 +142,23 @@ def forward_work(network: nn.Module, shape: tuple[int, ...], batch: int, itemsiz
     count = count_forward(network, shape)
     moved = batch * count.moved + count.weights
     return Work(2.0 * batch * count.macs, float(moved * itemsize))
+
+
+def forward_backward_work(
+    networks: Iterable[tuple[nn.Module, tuple[int, ...]]], batch: int, itemsize: int
+) -> Work:
+    """Forward and backward of each network for ``batch`` inputs of its shape, with the gradients
+    of its weights and of its input. The networks live on the meta device.
+    """
+    flops = moved = 0.0
+    for network, shape in networks:
+        count = count_forward(network, shape)
+        flops += 6.0 * batch * count.macs
+        moved += batch * (
+            3 * count.moved + (NORM_FORWARD_PASSES + NORM_BACKWARD_PASSES) * count.normed
+        )
+        moved += 3 * count.weights
+    return Work(flops, moved * itemsize)
 
 
 def norm_act_work(elements: int, itemsize: int) -> Work:
