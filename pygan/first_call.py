@@ -1,0 +1,263 @@
+"""Networks of a script that knows nothing of pygan, fused at their first call.
+
+``nn.Module.__call__`` looks up ``_compiled_call_impl``, which is None in the class, before it does
+anything else. :func:`install` puts a function there, so that it is asked about calls without a hook
+and without a layer more on ``__call__``; a module that it has nothing to do with gets a None of its
+own, and is called as ever from then on.
+
+Who is called first, from outside of any module, is a network. Its layers have pygan's classes only
+while a call of it runs. Whoever looks at them at any other time, to print, copy, save, initialise
+or compile them, finds torch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from pygan.fuse import fuse
+from pygan.layers import hand_out, is_own_hook, take_in
+from pygan.pending import Readers, plain
+from pygan.sequential import FusedSequential
+
+_SLOT = "_compiled_call_impl"
+# They call one module, which is the network.
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_set = object.__setattr__  # nn.Module's looks for parameters first
+
+
+class _Exchanged:
+    """A layer, torch's class of it and pygan's, and what was seen of its readers."""
+
+    __slots__ = ("fused", "layer", "own", "readers")
+
+    def __init__(self, layer: nn.Module, own: type[nn.Module], fused: type[nn.Module]) -> None:
+        self.layer, self.own, self.fused = layer, own, fused
+        self.readers: Readers | None = None
+
+    def enter(self, layer: nn.Module) -> None:
+        # A parametrization, say, may have given it yet another class.
+        if type(layer) is self.own:
+            _set(layer, "__class__", self.fused)
+        if self.readers is not None:
+            layer.__dict__["_readers"] = self.readers
+
+    def leave(self, layer: nn.Module) -> None:
+        if type(layer) is self.fused:
+            _set(layer, "__class__", self.own)
+        self.readers = layer.__dict__.pop("_readers", None)
+
+
+class _Network:
+    """A module that is called from outside of any module."""
+
+    def __init__(self) -> None:
+        self.layers: list[_Exchanged] = []
+        self.itself: _Exchanged | None = None  # without a reference to it
+        self.entry: tuple[str, str] | None = None  # in the report
+        self.grown = False
+
+    def enter(self, module: nn.Module) -> None:
+        for each in self.layers:
+            each.enter(each.layer)
+        if self.itself is not None:
+            self.itself.enter(module)
+
+    def leave(self, module: nn.Module) -> None:
+        for each in self.layers:
+            each.leave(each.layer)
+        if self.itself is not None:
+            self.itself.leave(module)
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.itself is None or _is_recorded():
+            return _untouched(module._call_impl, *args, **kwargs)
+        _now.network, _now.module = self, module
+        self.enter(module)
+        try:
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return _call_watched(module, args, kwargs)
+            taken = take_in(module, args)
+            output = module._call_impl(*(args if taken is None else taken), **kwargs)
+            return output if type(output) is Tensor else plain(output)
+        finally:
+            _now.network = _now.module = None
+            self.leave(module)
+
+
+class _Now(threading.local):
+    """The network that runs in this thread."""
+
+    network: _Network | None = None
+    module: nn.Module | None = None
+
+
+_now = _Now()
+_outside = _Network()  # stands for modules that run as they are
+_networks: dict[int, _Network] = {}
+_forget: dict[int, weakref.ref[nn.Module]] = {}
+_report: dict[tuple[str, str], int] = {}
+
+
+def _call_watched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call whose hooks get plain tensors."""
+    before = module.register_forward_pre_hook(take_in)
+    after = module.register_forward_hook(hand_out, prepend=True)
+    try:
+        return module._call_impl(*args, **kwargs)
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _untouched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call in which every layer is torch's."""
+    network, module = _now.network, _now.module
+    if network is not None and module is not None:
+        network.leave(module)
+    _now.network = _outside
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _now.network = network
+        if network is not None and module is not None:
+            network.enter(module)
+
+
+def _is_recorded() -> bool:
+    """Whether the operations that run now are recorded by a tracer or by a mode such as a counter
+    of operations."""
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What ``nn.Module.__call__`` does first."""
+    if torch.compiler.is_compiling():
+        return module._call_impl(*args, **kwargs)
+    if (running := _now.network) is not None:
+        if not module._modules and running is not _outside:
+            running.grown = True  # by this layer
+            module.__dict__[_SLOT] = None
+        return module._call_impl(*args, **kwargs)
+    network = _networks.get(id(module))
+    if network is None or network.grown:
+        network = _first_called(module)
+        if network is None:
+            return module._call_impl(*args, **kwargs)
+    return network.call(module, args, kwargs)
+
+
+def _first_called(module: nn.Module) -> _Network | None:
+    """The network that a module is, or None where it is not to be asked about again."""
+    if not module._modules or isinstance(module, _WRAPPERS):
+        module.__dict__[_SLOT] = None
+        return None
+    if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        return _outside  # its classes change in this call
+    devices = {parameter.device.type for parameter in module.parameters()}
+    if "meta" in devices or _is_recorded():
+        return _outside
+    if (reason := _why_not(module, devices)) is not None:
+        return _left(module, reason)
+    hooked = any(map(is_own_hook, module._forward_hooks.values()))
+    classes = [(layer, type(layer)) for layer in module.modules()]
+    report = fuse(module)
+    exchanged = [_Exchanged(layer, own, type(layer)) for layer, own in classes]
+    if not report.fused:
+        return _left(module, str(report))
+    if not hooked:
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if is_own_hook(hook)]:
+                del hooks[key]
+    network = _networks.get(id(module)) or _Network()
+    network.layers = [e for e in exchanged[1:] if e.own is not e.fused]
+    network.itself, network.grown = exchanged[0], False
+    # Whatever refers to the module in here would keep it alive.
+    network.itself.layer = None  # type: ignore[assignment]
+    for layer, _ in classes:
+        if not layer._modules:
+            layer.__dict__.setdefault(_SLOT, None)
+    network.leave(module)
+    _write(network, module, str(report))
+    _remember(module, network)
+    return network
+
+
+def _why_not(module: nn.Module, devices: set[str]) -> str | None:
+    """Why a module and all in it stay as they are."""
+    if devices - {"cpu"}:
+        return f"left: its parameters are on {' and '.join(sorted(devices))}"
+    for layer in module.modules():
+        kind = type(layer)
+        if isinstance(layer, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+            return f"left: it holds a {kind.__name__}"
+        if kind.__module__.startswith("torch._dynamo") or vars(layer).get(_SLOT) is not None:
+            return "left: it is compiled by torch"
+        if kind.__module__.startswith("torch.distributed"):
+            return f"left: it holds a {kind.__name__}"
+    return None
+
+
+def _left(module: nn.Module, why: str) -> None:
+    for layer in module.modules():
+        layer.__dict__.setdefault(_SLOT, None)
+    _write(_Network(), module, why)
+
+
+def _write(network: _Network, module: nn.Module, text: str) -> None:
+    if network.entry is not None:
+        _report[network.entry] -= 1
+    network.entry = (type(module).__name__, text)
+    _report[network.entry] = _report.get(network.entry, 0) + 1
+
+
+def _remember(module: nn.Module, network: _Network) -> None:
+    key = id(module)
+
+    def forget(_: weakref.ref[nn.Module]) -> None:
+        _networks.pop(key, None)
+        _forget.pop(key, None)
+
+    _networks[key] = network
+    _forget[key] = weakref.ref(module, forget)
+
+
+def install() -> None:
+    """From now on every network is fused at its first call."""
+    nn.Module._compiled_call_impl = _called  # type: ignore[assignment]
+    # For what a forward prints of itself.
+    FusedSequential.__name__ = FusedSequential.__qualname__ = nn.Sequential.__name__
+    theirs = torch.utils.checkpoint.checkpoint
+
+    # What is computed again has to be computed in the same way.
+    @functools.wraps(theirs)
+    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return theirs(function, *args, **kwargs)
+        return theirs(functools.partial(_untouched, function), *plain(args), **plain(kwargs))
+
+    torch.utils.checkpoint.checkpoint = checkpoint
+
+
+def report() -> str:
+    """The networks in the order of their first calls, and what was fused in each."""
+    rows = []
+    for (name, text), count in _report.items():
+        if count:
+            times = f" ({count} of them)" if count > 1 else ""
+            lines = "\n".join(f"  {line}" for line in text.splitlines())
+            rows.append(f"{name}{times}\n{lines}")
+    return "\n".join(rows) or "no network was called"
