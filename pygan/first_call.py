@@ -1,9 +1,8 @@
 """Networks of a script that knows nothing of pygan, fused at their first call.
 
 ``nn.Module.__call__`` looks up ``_compiled_call_impl``, which is None in the class, before it does
-anything else. :func:`install` puts a function there, so that it is asked about calls without a hook
-and without a layer more on ``__call__``; a module that it has nothing to do with gets a None of its
-own, and is called as ever from then on.
+anything else. :func:`install` puts a function there, which is asked about calls without a hook and
+without anything on the modules themselves. torch's own layers, which hold no others, keep the None.
 
 Who is called first, from outside of any module, is a network. Its layers have pygan's classes only
 while a call of it runs. Whoever looks at them at any other time, to print, copy, save, initialise
@@ -29,8 +28,13 @@ from pygan.pending import Readers, plain
 from pygan.sequential import FusedSequential
 
 _SLOT = "_compiled_call_impl"
-# They call one module, which is the network.
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_NO_LAYERS = ("container", "module", "transformer")  # of torch.nn.modules
+_HOLD_MODULES = (
+    nn.MultiheadAttention,
+    nn.AdaptiveLogSoftmaxWithLoss,
+    nn.TripletMarginWithDistanceLoss,
+)
+_CALLS_THE_NETWORK = nn.parallel.DistributedDataParallel  # as nn.DataParallel does
 _set = object.__setattr__  # nn.Module's looks for parameters first
 
 
@@ -40,20 +44,10 @@ class _Exchanged:
     __slots__ = ("fused", "layer", "own", "readers")
 
     def __init__(self, layer: nn.Module, own: type[nn.Module], fused: type[nn.Module]) -> None:
-        self.layer, self.own, self.fused = layer, own, fused
+        # None for the network itself, which would live forever otherwise.
+        self.layer: nn.Module | None = layer
+        self.own, self.fused = own, fused
         self.readers: Readers | None = None
-
-    def enter(self, layer: nn.Module) -> None:
-        # A parametrization, say, may have given it yet another class.
-        if type(layer) is self.own:
-            _set(layer, "__class__", self.fused)
-        if self.readers is not None:
-            layer.__dict__["_readers"] = self.readers
-
-    def leave(self, layer: nn.Module) -> None:
-        if type(layer) is self.fused:
-            _set(layer, "__class__", self.own)
-        self.readers = layer.__dict__.pop("_readers", None)
 
 
 class _Network:
@@ -61,24 +55,29 @@ class _Network:
 
     def __init__(self) -> None:
         self.layers: list[_Exchanged] = []
-        self.itself: _Exchanged | None = None  # without a reference to it
         self.entry: tuple[str, str] | None = None  # in the report
+        self.known: set[int] = set()  # ids of the modules that it was seen to call
         self.grown = False
+        self.tries = 8  # while there are hooks, which a summary of the layers, say, takes away
 
     def enter(self, module: nn.Module) -> None:
         for each in self.layers:
-            each.enter(each.layer)
-        if self.itself is not None:
-            self.itself.enter(module)
+            layer = module if each.layer is None else each.layer
+            # A parametrization, say, may have given it yet another class.
+            if type(layer) is each.own:
+                _set(layer, "__class__", each.fused)
+            if each.readers is not None:
+                layer.__dict__["_readers"] = each.readers
 
     def leave(self, module: nn.Module) -> None:
         for each in self.layers:
-            each.leave(each.layer)
-        if self.itself is not None:
-            self.itself.leave(module)
+            layer = module if each.layer is None else each.layer
+            if type(layer) is each.fused:
+                _set(layer, "__class__", each.own)
+            each.readers = layer.__dict__.pop("_readers", None)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.itself is None or _is_recorded():
+        if not self.layers or _is_recorded():
             return _untouched(module._call_impl, *args, **kwargs)
         _now.network, _now.module = self, module
         self.enter(module)
@@ -148,51 +147,50 @@ def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return module._call_impl(*args, **kwargs)
     if (running := _now.network) is not None:
-        if not module._modules and running is not _outside:
-            running.grown = True  # by this layer
-            module.__dict__[_SLOT] = None
+        if module._modules and running is not _outside and id(module) not in running.known:
+            running.known.add(id(module))
+            running.grown = True
+        return module._call_impl(*args, **kwargs)
+    if not module._modules or isinstance(module, _CALLS_THE_NETWORK):
         return module._call_impl(*args, **kwargs)
     network = _networks.get(id(module))
     if network is None or network.grown:
         network = _first_called(module)
-        if network is None:
-            return module._call_impl(*args, **kwargs)
     return network.call(module, args, kwargs)
 
 
-def _first_called(module: nn.Module) -> _Network | None:
-    """The network that a module is, or None where it is not to be asked about again."""
-    if not module._modules or isinstance(module, _WRAPPERS):
-        module.__dict__[_SLOT] = None
-        return None
+def _first_called(module: nn.Module) -> _Network:
+    """The network that a module is, and ``_outside`` for one that runs as it is."""
     if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
         return _outside  # its classes change in this call
     devices = {parameter.device.type for parameter in module.parameters()}
     if "meta" in devices or _is_recorded():
         return _outside
+    network = _networks.get(id(module)) or _Network()
+    network.layers, network.grown = [], False
+    _remember(module, network)
     if (reason := _why_not(module, devices)) is not None:
-        return _left(module, reason)
+        _write(network, module, reason)
+        return network
     hooked = any(map(is_own_hook, module._forward_hooks.values()))
     classes = [(layer, type(layer)) for layer in module.modules()]
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer, _ in classes):
+        network.tries -= 1
+        network.grown = network.tries > 0
     report = fuse(module)
     exchanged = [_Exchanged(layer, own, type(layer)) for layer, own in classes]
+    network.known.update(id(layer) for layer, _ in classes)
+    _write(network, module, str(report))
     if not report.fused:
-        return _left(module, str(report))
+        return network
     if not hooked:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if is_own_hook(hook)]:
                 del hooks[key]
-    network = _networks.get(id(module)) or _Network()
-    network.layers = [e for e in exchanged[1:] if e.own is not e.fused]
-    network.itself, network.grown = exchanged[0], False
-    # Whatever refers to the module in here would keep it alive.
-    network.itself.layer = None  # type: ignore[assignment]
-    for layer, _ in classes:
-        if not layer._modules:
-            layer.__dict__.setdefault(_SLOT, None)
+    itself, *inside = exchanged
+    itself.layer = None
+    network.layers = [itself, *(each for each in inside if each.own is not each.fused)]
     network.leave(module)
-    _write(network, module, str(report))
-    _remember(module, network)
     return network
 
 
@@ -211,13 +209,9 @@ def _why_not(module: nn.Module, devices: set[str]) -> str | None:
     return None
 
 
-def _left(module: nn.Module, why: str) -> None:
-    for layer in module.modules():
-        layer.__dict__.setdefault(_SLOT, None)
-    _write(_Network(), module, why)
-
-
 def _write(network: _Network, module: nn.Module, text: str) -> None:
+    if type(module).__module__.startswith("torch.nn.utils"):
+        return  # a parametrization
     if network.entry is not None:
         _report[network.entry] -= 1
     network.entry = (type(module).__name__, text)
@@ -225,6 +219,7 @@ def _write(network: _Network, module: nn.Module, text: str) -> None:
 
 
 def _remember(module: nn.Module, network: _Network) -> None:
+    """Keeps what was found out as long as the module lives."""
     key = id(module)
 
     def forget(_: weakref.ref[nn.Module]) -> None:
@@ -237,7 +232,12 @@ def _remember(module: nn.Module, network: _Network) -> None:
 
 def install() -> None:
     """From now on every network is fused at its first call."""
-    nn.Module._compiled_call_impl = _called  # type: ignore[assignment]
+    nn.Module._compiled_call_impl = _called
+    for kind in vars(nn).values():
+        if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+            continue
+        if kind.__module__.rpartition(".")[2] not in _NO_LAYERS and kind not in _HOLD_MODULES:
+            kind._compiled_call_impl = None
     # For what a forward prints of itself.
     FusedSequential.__name__ = FusedSequential.__qualname__ = nn.Sequential.__name__
     theirs = torch.utils.checkpoint.checkpoint

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import importlib.machinery
 import importlib.util
 import io
@@ -109,10 +110,9 @@ def _print_report(process: int) -> None:
     # A script may have put a file in the place of sys.stderr.
     if sys.__stderr__ is None or os.getpid() != process:
         return
-    try:
+    # It may be closed, by the script or by its reader.
+    with contextlib.suppress(OSError, ValueError):
         print(f"{PROG}: what was fused\n{first_call.report()}", file=sys.__stderr__, flush=True)
-    except (OSError, ValueError):
-        pass  # closed by the script or by its reader
 
 
 def _shown(traceback: TracebackType | None) -> TracebackType | None:
