@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,7 @@ class _Network:
 
     def __init__(self) -> None:
         self.layers: list[_Exchanged] = []
-        self.entry: tuple[str, str] | None = None  # in the report
+        self.entry: list[str] = []  # in the report: its class, and what was fused
         self.known: set[int] = set()  # ids of the modules that it was seen to call
         self.grown = False
         self.tries = 8  # while there are hooks, which a summary of the layers, say, takes away
@@ -74,13 +75,16 @@ class _Network:
             layer = module if each.layer is None else each.layer
             if type(layer) is each.fused:
                 _set(layer, "__class__", each.own)
-            each.readers = layer.__dict__.pop("_readers", None)
+            if (readers := layer.__dict__.pop("_readers", None)) is not None:
+                each.readers = readers
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.layers or _is_recorded():
+        if not self.layers or _is_recorded(args):
             return _untouched(module._call_impl, *args, **kwargs)
-        _now.network, _now.module = self, module
-        self.enter(module)
+        _now.network = self
+        with _lock:
+            _entered.append((self, module))
+            self.enter(module)
         try:
             if (
                 module._forward_hooks
@@ -93,22 +97,36 @@ class _Network:
             output = module._call_impl(*(args if taken is None else taken), **kwargs)
             return output if type(output) is Tensor else plain(output)
         finally:
-            _now.network = _now.module = None
-            self.leave(module)
+            _now.network = None
+            _end()
 
 
 class _Now(threading.local):
     """The network that runs in this thread."""
 
     network: _Network | None = None
-    module: nn.Module | None = None
 
 
 _now = _Now()
+_lock = threading.Lock()
+_entered: list[tuple[_Network, nn.Module]] = []  # in all threads
+_ended = 0  # of those calls
 _outside = _Network()  # stands for modules that run as they are
 _networks: dict[int, _Network] = {}
 _forget: dict[int, weakref.ref[nn.Module]] = {}
-_report: dict[tuple[str, str], int] = {}
+_report: list[list[str]] = []
+
+
+def _end() -> None:
+    """A call has ended: with the last of those at the same time, the layers get their classes."""
+    global _ended
+    with _lock:
+        _ended += 1
+        if _ended == len(_entered):
+            for network, module in _entered:
+                network.leave(module)
+            _entered.clear()
+            _ended = 0
 
 
 def _call_watched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -123,23 +141,29 @@ def _call_watched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _untouched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call in which every layer is torch's."""
-    network, module = _now.network, _now.module
-    if network is not None and module is not None:
+    """A call in which every layer is torch's, unless another thread is in a network."""
+    before = _now.network
+    left = _entered[:] if before not in (None, _outside) and len(_entered) == 1 else []
+    for network, module in left:
         network.leave(module)
     _now.network = _outside
     try:
         return function(*args, **kwargs)
     finally:
-        _now.network = network
-        if network is not None and module is not None:
+        _now.network = before
+        for network, module in left:
             network.enter(module)
 
 
-def _is_recorded() -> bool:
+def _is_recorded(args: tuple[Any, ...]) -> bool:
     """Whether the operations that run now are recorded by a tracer or by a mode such as a counter
-    of operations."""
-    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    of operations, or transformed by ``torch.func``."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(each, torch.fx.Proxy) for each in args)
+    )
 
 
 def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -155,16 +179,19 @@ def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
     network = _networks.get(id(module))
     if network is None or network.grown:
-        network = _first_called(module)
+        with _lock:
+            network = _first_called(module, args)
     return network.call(module, args, kwargs)
 
 
-def _first_called(module: nn.Module) -> _Network:
-    """The network that a module is, and ``_outside`` for one that runs as it is."""
+def _first_called(module: nn.Module, args: tuple[Any, ...]) -> _Network:
+    """The network that a module is, and ``_outside`` where that cannot be told in this call."""
+    if _entered:
+        return _outside  # another thread may be in some of its layers
     if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
         return _outside  # its classes change in this call
     devices = {parameter.device.type for parameter in module.parameters()}
-    if "meta" in devices or _is_recorded():
+    if "meta" in devices or _is_recorded(args):
         return _outside
     network = _networks.get(id(module)) or _Network()
     network.layers, network.grown = [], False
@@ -200,8 +227,10 @@ def _why_not(module: nn.Module, devices: set[str]) -> str | None:
         return f"left: its parameters are on {' and '.join(sorted(devices))}"
     for layer in module.modules():
         kind = type(layer)
-        if isinstance(layer, (torch.jit.ScriptModule, torch.fx.GraphModule)):
-            return f"left: it holds a {kind.__name__}"
+        if isinstance(layer, torch.jit.ScriptModule):
+            return "left: it is a script of torch.jit"
+        if isinstance(layer, torch.fx.GraphModule):
+            return "left: it is a graph of torch.fx"
         if kind.__module__.startswith("torch._dynamo") or vars(layer).get(_SLOT) is not None:
             return "left: it is compiled by torch"
         if kind.__module__.startswith("torch.distributed"):
@@ -212,10 +241,9 @@ def _why_not(module: nn.Module, devices: set[str]) -> str | None:
 def _write(network: _Network, module: nn.Module, text: str) -> None:
     if type(module).__module__.startswith("torch.nn.utils"):
         return  # a parametrization
-    if network.entry is not None:
-        _report[network.entry] -= 1
-    network.entry = (type(module).__name__, text)
-    _report[network.entry] = _report.get(network.entry, 0) + 1
+    if not network.entry:
+        _report.append(network.entry)
+    network.entry[:] = type(module).__name__, text
 
 
 def _remember(module: nn.Module, network: _Network) -> None:
@@ -255,9 +283,8 @@ def install() -> None:
 def report() -> str:
     """The networks in the order of their first calls, and what was fused in each."""
     rows = []
-    for (name, text), count in _report.items():
-        if count:
-            times = f" ({count} of them)" if count > 1 else ""
-            lines = "\n".join(f"  {line}" for line in text.splitlines())
-            rows.append(f"{name}{times}\n{lines}")
+    for (name, text), count in Counter(map(tuple, _report)).items():
+        times = f" ({count} of them)" if count > 1 else ""
+        rows.append(f"{name}{times}")
+        rows += [f"  {line}" for line in text.splitlines()]
     return "\n".join(rows) or "no network was called"
