@@ -260,6 +260,7 @@ if __name__ == "__main__":
 
 SURROUNDINGS = """
 import gc
+import tempfile
 import threading
 import weakref
 
@@ -356,6 +357,8 @@ def threads():
     return all(same), len(same), type(net.rest)
 
 
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
 x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 for called in (False, True):
     print(torch.jit.script(made(called=called).eval())(x).mean())
@@ -367,11 +370,18 @@ for called in (False, True):
     print(torch.func.functional_call(made(called=called), values, x).mean())
     print(torch.vmap(made(called=called).eval())(x[None]).mean())
     print(nn.DataParallel(made(called=called))(x).mean())
+    net = made(called=called).eval()
+    print(torch.compile(net, backend="eager", fullgraph=True)(x).mean(), net(x).mean())
+    net.compile(backend="eager", fullgraph=True)
+    print(net(x).mean())
+    parallel = nn.parallel.DistributedDataParallel(made(called=called))
+    print(trained(parallel))
 for Checkpointed.reentrant in (False, True):
     print(trained(made(Checkpointed)))
 print(trained(made()))
 print(lazy(), grown(), normed())
 print(backward_hook(), forgotten(), threads())
+torch.distributed.destroy_process_group()
 """
 
 ENDS = {
