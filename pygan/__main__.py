@@ -13,6 +13,7 @@ from pygan.errors import UserError
 COMMANDS = {
     "train": "train a GAN (python -m pygan.train)",
     "sample": "draw samples from a trained generator (python -m pygan.sample)",
+    "run": "run a training script as it is, its networks fused (python -m pygan.run)",
 }
 
 

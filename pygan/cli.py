@@ -142,23 +142,24 @@ def run(prog: str, body: Callable[[], int]) -> int:
     try:
         return body()
     except UserError as error:
-        return _say(prog, str(error), 2)
+        return say(prog, str(error), 2)
     except Failure as error:
-        return _say(prog, str(error), 1)
+        return say(prog, str(error), 1)
     except KeyboardInterrupt:
-        return _say(prog, "interrupted", 130)
+        return say(prog, "interrupted", 130)
     except BrokenPipeError:
         # The reader of our output went away; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        return _say(prog, f"out of memory ({reason}); lower --batch-size or the network widths", 1)
+        return say(prog, f"out of memory ({reason}); lower --batch-size or the network widths", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _say(prog, f"{where}{error.strerror or error}", 1)
+        return say(prog, f"{where}{error.strerror or error}", 1)
 
 
-def _say(prog: str, message: str, status: int) -> int:
+def say(prog: str, message: str, status: int) -> int:
+    """Prints an error as one sentence, and returns the exit status."""
     print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
