@@ -4,9 +4,9 @@
 anything else. :func:`install` puts a function there, which is asked about calls without a hook and
 without anything on the modules themselves. torch's own layers, which hold no others, keep the None.
 
-Who is called first, from outside of any module, is a network. Its layers have pygan's classes only
-while a call of it runs. Whoever looks at them at any other time, to print, copy, save, initialise
-or compile them, finds torch's own.
+Who is called first, from outside of any module, is a network. Its layers have pygan's classes and
+hooks only while a call of it runs. Whoever looks at them at any other time, to print, copy, save,
+initialise or compile them, finds torch's own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pygan.fuse import fuse
-from pygan.layers import hand_out, is_own_hook, take_in
+from pygan.layers import enter, hand_out, is_own_hook, show, take_in
 from pygan.pending import Readers, plain
 from pygan.sequential import FusedSequential
 
@@ -37,17 +37,21 @@ _HOLD_MODULES = (
 )
 _CALLS_THE_NETWORK = nn.parallel.DistributedDataParallel  # as nn.DataParallel does
 _set = object.__setattr__  # nn.Module's looks for parameters first
+_HOOK = -1  # the key of pygan's; torch counts upwards from 0
 
 
 class _Exchanged:
-    """A layer, torch's class of it and pygan's, and what was seen of its readers."""
+    """A layer, torch's class of it and pygan's, whether it gets a hook, and what was seen of its
+    readers."""
 
-    __slots__ = ("fused", "layer", "own", "readers")
+    __slots__ = ("fused", "hooked", "layer", "own", "readers")
 
-    def __init__(self, layer: nn.Module, own: type[nn.Module], fused: type[nn.Module]) -> None:
+    def __init__(
+        self, layer: nn.Module, own: type[nn.Module], fused: type[nn.Module], hooked: bool
+    ) -> None:
         # None for the network itself, which would live forever otherwise.
         self.layer: nn.Module | None = layer
-        self.own, self.fused = own, fused
+        self.own, self.fused, self.hooked = own, fused, hooked
         self.readers: Readers | None = None
 
 
@@ -67,6 +71,8 @@ class _Network:
             # A parametrization, say, may have given it yet another class.
             if type(layer) is each.own:
                 _set(layer, "__class__", each.fused)
+            if each.hooked:
+                layer._forward_pre_hooks[_HOOK] = enter
             if each.readers is not None:
                 layer.__dict__["_readers"] = each.readers
 
@@ -75,8 +81,13 @@ class _Network:
             layer = module if each.layer is None else each.layer
             if type(layer) is each.fused:
                 _set(layer, "__class__", each.own)
+            if each.hooked:
+                layer._forward_pre_hooks.pop(_HOOK, None)
             if (readers := layer.__dict__.pop("_readers", None)) is not None:
                 each.readers = readers
+        for layer in module.modules():
+            if layer._forward_pre_hooks:
+                _remove(layer, show)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.layers or _is_recorded(args):
@@ -204,21 +215,34 @@ def _first_called(module: nn.Module, args: tuple[Any, ...]) -> _Network:
     if any(layer._forward_hooks or layer._forward_pre_hooks for layer, _ in classes):
         network.tries -= 1
         network.grown = network.tries > 0
+    entering = [enter in layer._forward_pre_hooks.values() for layer, _ in classes]
     report = fuse(module)
-    exchanged = [_Exchanged(layer, own, type(layer)) for layer, own in classes]
+    exchanged = []
+    for (layer, own), before in zip(classes, entering, strict=True):
+        added = not before and _remove(layer, enter)
+        exchanged.append(_Exchanged(layer, own, type(layer), added))
     network.known.update(id(layer) for layer, _ in classes)
     _write(network, module, str(report))
     if not report.fused:
         return network
     if not hooked:
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if is_own_hook(hook)]:
-                del hooks[key]
+        _remove(module, take_in)
+        _remove(module, hand_out)
     itself, *inside = exchanged
     itself.layer = None
-    network.layers = [itself, *(each for each in inside if each.own is not each.fused)]
+    network.layers = [itself, *(e for e in inside if e.hooked or e.own is not e.fused)]
     network.leave(module)
     return network
+
+
+def _remove(layer: nn.Module, hook: Callable[..., Any]) -> bool:
+    """Takes a hook away, and tells whether it was there."""
+    found = False
+    for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
+        for key in [key for key, each in hooks.items() if each is hook]:
+            del hooks[key]
+            found = True
+    return found
 
 
 def _why_not(module: nn.Module, devices: set[str]) -> str | None:
