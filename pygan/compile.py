@@ -81,15 +81,20 @@ def compile_backend(
             from torch._dynamo.backends.registry import lookup_backend
 
             return lookup_backend("inductor")(gm, list(example_inputs))
-        gm.recompile()
-        return gm.forward
+        return _forward_of(gm)
     if then == "inductor":
         dynamic = any(isinstance(x, torch.SymInt) for x in example_inputs) or None
         gm = _with_inductor(gm, taken, dynamic)
     output = gm.graph.output_node()
     with gm.graph.inserting_before(output):
         output.args = (gm.graph.call_function(plain, output.args),)
+    return _forward_of(gm)
+
+
+def _forward_of(gm: fx.GraphModule) -> Callable[..., Any]:
     gm.recompile()
+    # Until its code is read, the forward of a lazy module compiles and calls another one.
+    assert gm.code
     return gm.forward
 
 
