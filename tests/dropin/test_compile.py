@@ -236,7 +236,7 @@ def test_autocast(make: Callable[[], nn.Module], calls: Counter[str]) -> None:
     exact = build(make).double()
     z = torch.randn(4, 12, 1, 1)
     z = z if make is SequentialGenerator else z.flatten(1)
-    for _ in range(RUNS):
+    for _ in range(4):  # one more link of the chain is known after each
         calls.clear()
         with torch.autocast("cpu", torch.bfloat16):
             ours, theirs = faster(z), plain(z)
@@ -390,7 +390,7 @@ def test_the_rest_by_inductor(calls: Counter[str], monkeypatch: pytest.MonkeyPat
     network = Network()
     how(network)
     y = network(z).sum()
-    with pytest.raises(RuntimeError, match="create_graph=False|double backward"):
+    with pytest.raises(RuntimeError, match=r"create_graph=False|double backward"):
         torch.autograd.grad(y, z, create_graph=True)[0].sum().backward()
 
 
