@@ -258,7 +258,10 @@ setup(
         "eval": DATA,
         "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "clang-format==23.1.5"],
     },
-    entry_points={"console_scripts": ["pygan = pygan.__main__:main"]},
+    entry_points={
+        "console_scripts": ["pygan = pygan.__main__:main"],
+        "torch_dynamo_backends": ["pygan = pygan.compile:compile_backend"],
+    },
     ext_modules=[CMakeExtension("pygan._C")],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

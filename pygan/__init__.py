@@ -6,6 +6,7 @@
 """
 
 from pygan import functional, losses, models, nn
+from pygan.compile import compile_backend
 from pygan.errors import UserError
 from pygan.fuse import FuseReport, fuse, unfuse
 from pygan.step import AdversarialStep, ReferenceStep, StepResult
@@ -18,6 +19,7 @@ __all__ = [
     "ReferenceStep",
     "StepResult",
     "UserError",
+    "compile_backend",
     "functional",
     "fuse",
     "losses",

@@ -6,6 +6,7 @@ A handler answers NotImplemented where the function is to run on plain tensors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,11 +111,9 @@ def _normed(
 def _activation(
     first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    name, in_place = ACTIVATIONS[func]
+    name, _ = ACTIVATIONS[func]
     slope = kwargs.get("negative_slope", args[1] if len(args) > 1 else 0.01)
-    in_place |= bool(kwargs.get("inplace", False))
-    if not in_place and func in _TAKES_INPLACE:
-        in_place = len(args) > _TAKES_INPLACE[func] and bool(args[_TAKES_INPLACE[func]])
+    in_place = works_in_place(func, args, kwargs)
     if not args or args[0] is not first or not isinstance(slope, int | float):
         return NotImplemented
     source = first.fresh()
@@ -127,6 +126,13 @@ def _activation(
             return first
         return NotImplemented
     return _in_place(first, func, args, kwargs) if in_place else _on_map(first, func, args, kwargs)
+
+
+def works_in_place(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call changes its first argument, for all activations."""
+    _, in_place = ACTIVATIONS.get(func, ("", False))
+    at = _TAKES_INPLACE.get(func, len(args))
+    return in_place or bool(kwargs.get("inplace", False)) or (at < len(args) and bool(args[at]))
 
 
 def _in_place(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -282,6 +288,23 @@ def _conv_transpose2d(
     return bound(*args, **kwargs)
 
 
+def conv_activation_taken(
+    first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """The handler of :func:`pygan.compile.conv_activation`."""
+    x, weight, bias, activation, slope = args
+    if x is not first or type(weight) not in (Tensor, torch.nn.Parameter):
+        return NotImplemented
+    source = first.fresh()
+    y = None
+    if isinstance(source, Normed):
+        conv = Conv("down", weight, bias, activation=activation, negative_slope=slope)
+        y = source.convolved(conv)
+    if y is None:
+        y = strided_conv.down(in_last(first.value()), weight, bias, activation, slope)
+    return _made(first, func, y, weight)
+
+
 STRIDED = ((4, 4), (2, 2), (1, 1), (1, 1), 1)
 SAME_SIZED = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
@@ -304,7 +327,7 @@ _ON_MAPS = (
     *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub),
     *(Tensor.__sub__, Tensor.__rsub__, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
     *(torch.div, Tensor.div, Tensor.__truediv__, torch.neg, Tensor.neg, Tensor.__neg__),
-    *(torch.cat, torch.concat, F.pad, F.pixel_shuffle, F.max_pool2d),
+    *(torch.cat, torch.concat, F.pad, torch._C._nn.pad, F.pixel_shuffle, F.max_pool2d),
 )
 _IN_PLACE = (Tensor.add_, Tensor.__iadd__, Tensor.mul_, Tensor.__imul__, Tensor.sub_)
 

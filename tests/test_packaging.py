@@ -304,6 +304,21 @@ print(pygan.kernels.__file__, importlib.util.find_spec("kernels"))
     assert imported.stdout.split() == [str(sources / "pygan/kernels/__init__.py"), "None"]
 
 
+def test_torch_finds_the_backend_by_its_name(sources: Path, tmp_path: Path) -> None:
+    made = run("setup.py", "-q", "egg_info", "--egg-base", tmp_path, cwd=sources)
+    assert made.returncode == 0, made.stderr
+    code = """
+import torch
+network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 4, 2, 1), torch.nn.ReLU())
+x = torch.randn(2, 3, 8, 8)
+faster = torch.compile(network, backend="pygan", fullgraph=True)
+assert torch.allclose(faster(x), network(x), atol=1e-5)
+print("pygan" in torch._dynamo.list_backends())
+"""
+    found = run("-c", code, cwd=tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    assert found.stdout.split() == ["True"], found.stderr
+
+
 def test_bare_checkout_imports(sources: Path, tmp_path: Path) -> None:
     code = "import pygan.kernels; print(pygan.kernels.__file__)"
     result = run("-c", ONLY_THIS_COPY + code, cwd=tmp_path, PYTHONPATH=str(sources))
