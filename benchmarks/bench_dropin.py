@@ -25,7 +25,7 @@ from benchmarks.recorded import recorded_time
 from benchmarks.work import forward_backward_work
 
 AT_MOST = {"rounds": 9, "sample_seconds": 0.1, "warmup_seconds": 0.1}
-# Of 16 convolutions in the deepest generator, each of which may be off by the floor of one; independent
+# Of 16 convolutions in the deepest generator, each may be off by the floor of one; independent
 # errors add up by their squares.
 DEPTH = 16**0.5
 # Relative, of a gradient after a few jumps.

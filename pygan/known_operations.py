@@ -239,10 +239,10 @@ def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         if geometry == STRIDED and isinstance(source, Normed):
             y = source.convolved(Conv("down", weight, bias))
         elif geometry == SAME_SIZED and isinstance(source, Upsampled):
-            y = upsample_conv2d(source.x, weight, bias)
+            y = upsample_conv2d(source.small(), weight, bias)
         elif geometry == POINTWISE and isinstance(source, Upsampled):
             # The same values four times: computed once.
-            return _doubled(first, func, F.conv2d(source.x, weight, bias))
+            return _doubled(first, func, F.conv2d(source.small(), weight, bias))
         elif geometry == SAME_SIZED and _is_pooled(first.readers.of(func)):
             first.lent = True
             shape = torch.Size((first.shape[0], weight.shape[0], *first.shape[2:]))

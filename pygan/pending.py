@@ -112,15 +112,21 @@ class Upsampled:
     """The nearest upsampling by 2 of a map."""
 
     def __init__(self, x: Tensor) -> None:
-        self.x = x
+        self._arguments = (x,)
+        self._versions = _versions(self._arguments)
         self._made: Tensor | None = None
 
     def inputs(self) -> tuple[Tensor, ...]:
-        return (self.x,)
+        return self._arguments
+
+    def small(self) -> Tensor:
+        """The map before it."""
+        _check(self, "upsampling")
+        return self._arguments[0]
 
     def value(self) -> Tensor:
         if self._made is None:
-            self._made = torch.nn.functional.interpolate(self.x, scale_factor=2.0)
+            self._made = torch.nn.functional.interpolate(self.small(), scale_factor=2.0)
         return self._made
 
 
@@ -152,7 +158,7 @@ class Convolved:
 Source = Map | Normed | Upsampled | Convolved
 
 
-def _check(source: Normed | Convolved, what: str) -> None:
+def _check(source: Normed | Upsampled | Convolved, what: str) -> None:
     if _versions(source._arguments) != source._versions:
         raise RuntimeError(
             f"what a fused {what} reads was changed in place before its output was read; "

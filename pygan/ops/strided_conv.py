@@ -551,7 +551,7 @@ def _by_torch(x: Tensor, weight: Tensor, run: Callable[[Tensor], Tensor]) -> Ten
     that is the smaller of both is copied instead."""
     maps = x.dim() == weight.dim() == 4 and x.is_cpu
     if maps and weight.numel() > 2 * x.numel() and is_last(x) and not is_last(weight):
-        return run(_Contiguous.apply(x)).contiguous(memory_format=_LAST)
+        return _in_format(run(_Contiguous.apply(x)), True)
     return run(x)
 
 
