@@ -1,7 +1,8 @@
 """Tables from a result, and results into the repository.
 
 ``python -m benchmarks.report RESULT.json`` prints, as Markdown, what the whole training step gains,
-then sampling, memory, and every side of the step; ``--all`` adds the single operations.
+then what ``pygan.fuse`` alone brings to networks, sampling, memory, and every side of the step;
+``--all`` adds the single operations.
 ``--update README.md`` puts them between ``<!-- results -->`` and ``<!-- /results -->``.
 ``--out benchmarks/results`` keeps the result there, in a folder named after the device, and beside
 it the table of the convolutions by layer.
@@ -27,6 +28,7 @@ PROG = "python -m benchmarks.report"
 START, END = "<!-- results -->", "<!-- /results -->"
 HEADLINE = "bench_train_step.py"
 LAYERS = "bench_strided_conv.py"
+DROP_IN = "bench_dropin.py"
 BESIDE = ("bench_sampling.py", "bench_memory.py")
 LEAST_ROUNDS = 7
 
@@ -74,17 +76,27 @@ def tables(result: dict[str, Any], *, headline_only: bool = True) -> str:
         UserError: no record of the training step, and only the headline is wanted.
     """
     step, beside = _of(result, HEADLINE), _of(result, *BESIDE)
+    dropped_in = _of(result, DROP_IN)
     if headline_only and not step:
         raise UserError(
             "the result has no record of the training step; run bench_train_step.py as well, "
             "or pass --all"
         )
     every = [entry["extra_info"] for entry in result["benchmarks"]]
-    operations = [record for record in every if record not in step and record not in beside]
+    shown = [*step, *beside, *dropped_in]
+    operations = [record for record in every if record not in shown]
     # A record of memory alone knows no peaks.
     where = next((record for record in (*step, *every) if "peaks" in record), every[0])
     lines = summary.headline(step)
     lines += [_conditions(result, where), ""]
+    if dropped_in:
+        lines += [
+            "Networks as scripts for plain torch write them, generator and discriminator forward "
+            "and backward, on contiguous maps, before and after `pygan.fuse` and nothing else:",
+            "",
+            *summary.drop_in(dropped_in),
+            "",
+        ]
     lines += summary.markdown(beside)
     if step:
         lines += ["<details><summary>Every side of the step</summary>", ""]

@@ -140,6 +140,27 @@ def headline(records: Sequence[Record]) -> list[str]:
     return [*markdown_table(heading, rows), ""] if rows else []
 
 
+def drop_in(records: Sequence[Record]) -> list[str]:
+    """What ``pygan.fuse`` alone brings to each network, as Markdown."""
+    rows = []
+    for name, of_case in by_case(records).items():
+        for fused in (record for record in of_case if not record["baseline"]):
+            plain = best_baseline(of_case, fused["precision"])
+            before = next((record for record in of_case if record["side"] == plain), None)
+            rows.append(
+                [
+                    name.removeprefix("dropin-"),
+                    str(fused["images"]),
+                    fused["precision"],
+                    _significant(before["milliseconds"]) if before else "–",
+                    _significant(fused["milliseconds"]),
+                    _ratio(fused, plain),
+                ]
+            )
+    heading = ["networks", "batch", "type", "as written, ms", "fused, ms", "×"]
+    return markdown_table(heading, rows) if rows else []
+
+
 LAYER_CASES, THREAD_CASES = "strided_conv-", "strided_conv_threads-"
 METHODS = ("direct", "f22", "f42")
 

@@ -18,12 +18,15 @@ from torch import nn
 # The benchmarks are no installed package.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import pygan
 from benchmarks import (
+    bench_dropin,
     bench_folded_conv,
     bench_memory,
     bench_sampling,
     bench_strided_conv,
     bench_train_step,
+    dropin_networks,
     machine,
     measure,
     profile_step,
@@ -769,6 +772,7 @@ def _ids() -> list[str]:
         bench_strided_conv.CASES,
         bench_folded_conv.CASES,
         bench_sampling.CASES,
+        bench_dropin.CASES,
     )
     sides = [side.id for cases in modules for case in cases.values() for side in case.sides]
     return [*sides, *bench_memory.SIDES]
@@ -907,6 +911,57 @@ def test_sampling_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_sampling, "WAYS", bench_sampling.WAYS | wrong)
     with pytest.raises(CheckFailed, match="pygan fp32: error of images"):
         case.check(CPU, sides)
+
+
+# Drop-in
+
+
+@pytest.fixture
+def small_pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[measure.Case]:
+    def make() -> tuple[nn.Module, nn.Module]:
+        return dcgan(image_size=16, channels=1, nz=5, ngf=8, ndf=8)
+
+    networks = dropin_networks.Networks(make, (5, 1, 1), (1, 16, 16), 4)
+    monkeypatch.setitem(dropin_networks.NETWORKS, "upsample32", networks)
+    bench_dropin._pair.cache_clear()
+    yield bench_dropin.CASES["dropin-upsample32"]
+    bench_dropin._pair.cache_clear()
+
+
+def test_fused_networks_are_checked(
+    small_pair: measure.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_pair.check(CPU, small_pair.sides)
+
+    def wrong(network: nn.Module) -> None:
+        with torch.no_grad():
+            next(network.parameters()).mul_(1.1)
+
+    monkeypatch.setattr(pygan, "fuse", wrong)
+    with pytest.raises(CheckFailed, match="pygan fp32: error of G's output"):
+        small_pair.check(CPU, small_pair.sides)
+
+
+@pytest.mark.parametrize("name", dropin_networks.NETWORKS)
+def test_networks_of_the_drop_in(name: str) -> None:
+    networks = dropin_networks.NETWORKS[name]
+    with torch.device("meta"):
+        generator, discriminator = networks.make()
+        made = generator(torch.empty(2, *networks.latent))
+        if name == "pix2pix256":  # which sees input and output
+            made = torch.cat([torch.empty(2, *networks.latent), made], 1)
+        assert made.shape[1:] == networks.image
+        assert len(discriminator(made)) == 2
+
+
+def test_table_of_the_drop_in() -> None:
+    records = [
+        _record("eager", 20, baseline=True, ratio=None),
+        _record("pygan fp32", 50, baseline=False, ratio=2.5),
+    ]
+    records = [record | {"case": "dropin-resnet32"} for record in records]
+    *_, row = summary.drop_in(records)
+    assert row == "| resnet32 | 64 | fp32 | 3,200 | 1,280 | 2.50 (2.40–2.60) |"
 
 
 # Memory
