@@ -8,12 +8,17 @@ be. Two hooks on the module take its input in and hand plain tensors out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from pygan import layers as _layers
 from pygan.errors import UserError
+from pygan.pending import Readers
 from pygan.sequential import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -26,6 +31,7 @@ from pygan.sequential import (
     why_opaque,
 )
 
+_TRIES = 4
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
@@ -47,7 +53,9 @@ class FuseReport:
         return "\n".join(f"{name:<{width}}  {what}" for name, what in rows)
 
 
-def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
+def fuse(
+    module: nn.Module, *, strict: bool = False, example_inputs: Sequence[Any] | None = None
+) -> FuseReport:
     """Makes a network faster in place: same parameters, buffers, ``state_dict``, hooks, numbers.
 
     Batch and instance norms run together with the ReLU, LeakyReLU, Tanh or Sigmoid behind them,
@@ -65,6 +73,9 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
     Args:
         module: any network.
         strict: raise where a batch norm or a 4x4 convolution of stride 2 has to be left as it is.
+        example_inputs: arguments of a call, which is made now, without gradients, and leaves
+            buffers and random numbers as they are: what it finds out need not be found out in the
+            first calls, and the report tells what follows each layer.
 
     Returns:
         What was fused, and what was left and why. Prints as a table.
@@ -73,6 +84,8 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
         UserError: ``strict`` and something was skipped, with the first reason.
     """
     report = FuseReport()
+    if isinstance(module, torch.jit.ScriptModule):
+        report.skipped.append((type(module).__name__, "it is a script of torch.jit"))
     inside: set[nn.Module] = set()
     containers: list[nn.Sequential] = []
     for name, container in module.named_modules():
@@ -82,15 +95,14 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
         _describe(name, container, inside, report)
         if type(container) is nn.Sequential and len(report.fused) > before:
             containers.append(container)
-    leaves: list[nn.Module] = []
+    leaves: list[tuple[nn.Module, str]] = []
     for name, layer in module.named_modules():
         if layer in inside or not _is_leaf(layer):
             continue
         title = f"{name} {type(layer).__name__}" if name else type(layer).__name__
         reason = _why_not_leaf(layer)
         if reason is None:
-            leaves.append(layer)
-            report.fused.append(f"{title} (with what follows it)")
+            leaves.append((layer, title))
         else:
             report.skipped.append((title, reason))
     if strict and report.skipped:
@@ -98,13 +110,55 @@ def fuse(module: nn.Module, *, strict: bool = False) -> FuseReport:
         raise UserError(f"{name} cannot be fused: {reason}; pass strict=False to leave it")
     for container in containers:
         container.__class__ = FusedSequential
-    for layer in leaves:
+    for layer, _ in leaves:
         if _layers.enter not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_layers.enter)
-    if report.fused and _layers.hand_out not in module._forward_hooks.values():
+    if (report.fused or leaves) and _layers.hand_out not in module._forward_hooks.values():
         module.register_forward_hook(_layers.hand_out, prepend=True)
         module.register_forward_pre_hook(_layers.take_in)
+    if example_inputs is not None:
+        _try(module, example_inputs)
+    for layer, title in leaves:
+        # The first operation is the layer's own.
+        behind = _operations(vars(layer).get("_readers"))[1:] or ["what follows it"]
+        report.fused.append(f"{title} (with {', '.join(behind)})")
+    own = vars(module).get("_readers")
+    if names := _operations(own.after.get("input") if own is not None else None):
+        report.fused.append(f"the input: {', '.join(names)}")
     return report
+
+
+def _try(module: nn.Module, args: Sequence[Any]) -> None:
+    """Calls that only their readers remember: each finds out what reads one layer further."""
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            for _ in range(_TRIES):
+                module(*args)
+        finally:
+            for name, buffer in module.named_buffers():
+                if name in state:
+                    buffer.copy_(state[name])
+
+
+def _operations(readers: Readers | None) -> list[str]:
+    """Those that were seen to read a tensor, and what they made of it, one after the other."""
+    names: list[str] = []
+    while readers is not None and readers.after:
+        operations = list(readers.after)
+        names.append(" and ".join(getattr(f, "__name__", "an operation") for f in operations))
+        readers = readers.after[operations[0]] if len(operations) == 1 else None
+    return names
+
+
+def _why_not_here(layer: nn.Module) -> str | None:
+    """Why the kernels do not take the tensors that a layer has."""
+    for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+        if is_lazy(tensor):
+            return "it is lazy and not initialized yet"
+        if tensor.device.type != "cpu":
+            return f"its parameters are on {tensor.device.type}, and its kernels are for a CPU"
+    return None
 
 
 def _is_leaf(layer: nn.Module) -> bool:
@@ -118,6 +172,8 @@ def _why_not_leaf(layer: nn.Module) -> str | None:
         return f"{type(layer).__name__} is a class of its own"
     if _layers.watched(layer):
         return "it has hooks"
+    if (reason := _why_not_here(layer)) is not None:
+        return reason
     return "its forward has been replaced" if "forward" in vars(layer) else None
 
 
@@ -133,6 +189,11 @@ def _describe(
     keys, layers = list(container._modules), list(container)
     prefix = f"{name}." if name else ""
     inside.update(layer for layer in layers if not isinstance(layer, _INSTANCE_NORMS))
+    for key, layer in zip(keys, layers, strict=True):
+        reason = _why_not_here(layer) if isinstance(layer, (*BATCH_NORMS, *CONVOLUTIONS)) else None
+        if reason is not None:
+            report.skipped.append((f"{prefix}{key} {type(layer).__name__}", reason))
+            return
     convolution: list[str] = []  # one that may head the row of the batch norm behind it
     for i, kind, activation in fused_runs(layers):
         layer = layers[i]

@@ -598,3 +598,53 @@ def test_folded_layers_under_autocast_keep_float32_gradients() -> None:
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in fused.parameters())
+
+
+class Attributes(nn.Module):
+    """Layers that its forward calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 2, 1)
+        self.bn = nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 4, 4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.relu(self.bn(self.conv(x))))
+
+
+def test_example_inputs_leave_no_trace_but_what_was_found_out() -> None:
+    network = Attributes()
+    state = copy.deepcopy(network.state_dict())
+    report = pygan.fuse(network, example_inputs=(torch.randn(2, 3, 16, 16),))
+    assert report.fused[-1] == "the input: conv2d, batch_norm, relu, conv2d"
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    before = torch.get_rng_state()
+    pygan.fuse(network, example_inputs=(torch.ones(2, 3, 16, 16),))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_modules_that_kernels_do_not_take() -> None:
+    with torch.device("meta"):
+        networks = [Attributes(), nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.BatchNorm2d(8))]
+    for network in networks:
+        report = pygan.fuse(network)
+        assert not report.fused and "on meta" in report.skipped[0][1]
+        with pytest.raises(pygan.UserError, match=r"Conv2d cannot be fused.*meta"):
+            pygan.fuse(network, strict=True)
+    lazy = nn.Sequential(nn.LazyConv2d(8, 4, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+    assert pygan.fuse(lazy).skipped == [("0 LazyConv2d", "it is lazy and not initialized yet")]
+    assert lazy(torch.randn(2, 3, 8, 8)).shape == (2, 8, 4, 4)
+    assert pygan.fuse(lazy).fused
+    script = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    assert pygan.fuse(script).skipped[0][1] == "it is a script of torch.jit"
+
+
+def test_a_module_without_anything_to_fuse_stays_as_it_is() -> None:
+    """So a call of it takes no longer."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4), nn.GELU()))
+    before = [(type(m), dict(vars(m))) for m in network.modules()]
+    assert not pygan.fuse(network).fused
+    assert [(type(m), dict(vars(m))) for m in network.modules()] == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
