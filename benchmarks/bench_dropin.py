@@ -99,7 +99,8 @@ def check(name: str, device: torch.device, sides: Sequence[Side]) -> None:
     for side in sides:
         if not side.baseline:
             found = errors(True, side.precision)
-            floors = {what: FLOOR[side.precision] if "output" in what else KINKS for what in found}
+            output = DEPTH * FLOOR[side.precision]
+            floors = {what: output if "output" in what else KINKS for what in found}
             require_right(
                 side.name,
                 side.precision,

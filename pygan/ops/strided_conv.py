@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, map_memory, native
+from pygan.ops import dispatch, few_positions, map_memory, native
 from pygan.ops.matrix_product import matrix_product
 
 METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
@@ -493,6 +493,9 @@ def up(
     :func:`pygan.functional.conv_transpose2d`."""
     call = prepare("up", small, weight, bias, output_padding, method=method, impl=impl)
     if call is None:
+        if _may_be_small("up", small, weight, bias, method, impl):
+            y = few_positions.up(small, weight, bias, tuple(output_padding))
+            return _in_format(y, is_last(small) or is_last(weight))
         return _by_torch(small, weight, lambda x: up_ref(x, weight, bias, output_padding))
     return Conv.apply("up", *call) if torch.is_grad_enabled() else run_up(*call)
 
@@ -513,7 +516,11 @@ def down(
         raise UserError(f"activation is {activation!r}; it is one of {', '.join(ACTIVATIONS)}")
     call = prepare("down", big, weight, bias, method=method, impl=impl)
     if call is None:
-        z = _by_torch(big, weight, lambda x: down_ref(x, weight, bias))
+        if _may_be_small("down", big, weight, bias, method, impl):
+            z = few_positions.down(big, weight, bias)
+            z = _in_format(z, is_last(big) or is_last(weight))
+        else:
+            z = _by_torch(big, weight, lambda x: down_ref(x, weight, bias))
         return _activate(z, activation, negative_slope)
     extra: tuple[Any, ...] = ()
     # Below a slope of 0 the signs behind the activation do not tell those before it.
@@ -522,6 +529,17 @@ def down(
     graph = torch.is_grad_enabled()
     z = Conv.apply("down", *call, *extra) if graph else run_down(*call, *extra)
     return _activate(z, activation, negative_slope)
+
+
+def _may_be_small(
+    conv_pass: str, x: Tensor, weight: Tensor, bias: Tensor | None, method: str, impl: str
+) -> bool:
+    """Whether torch is to run a convolution as a product of matrices."""
+    return (
+        (method, impl, dispatch.wished()) == ("auto", "auto", "auto")
+        and few_positions.is_small(conv_pass, x, weight)
+        and _supports_cpu(x, weight, bias, 0 if conv_pass == "up" else 1) is None
+    )
 
 
 def contiguous(x: Tensor) -> Tensor:
