@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from pygan.known_operations import may_enter
-from pygan.pending import Readers, entered, format_of, plain, taken_in
+from pygan.pending import Readers, entered, format_of, is_little, plain, taken_in
 
 NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -35,8 +35,12 @@ def enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         # Worth it only where an operation takes the activation along.
         found = readers.after.values()
         serves = input.dim() > 1 and (not found or any(r.known or not r.asked for r in found))
+        serves &= not is_little(input)
     else:
         serves = input.dim() == 4 and not torch.is_inference_mode_enabled()
+        # A weight that is computed is not asked for: that may change it.
+        weight = layer._parameters.get("weight")
+        serves = serves and not is_little(input, weight)
     format = format_of(input) if serves else None
     return None if format is None or watched(layer) else (entered(input, format, readers),)
 
@@ -50,16 +54,24 @@ def show(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def take_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """A forward pre-hook of the module that was fused: operations on its maps are taken over."""
-    for layer in module.modules():
-        if layer is not module and watched(layer) and show not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(show)
+    inside = list(module._modules.values())
+    for layer in inside:
+        if layer is not None:
+            if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+                _keep_shown(layer)
+            inside += layer._modules.values()
     if not args or not may_enter(args[0]) or args[0].dim() != 4 or args[0].shape[2:].numel() == 1:
         return None
     format = format_of(args[0])
-    if format is None or globally_hooked():
+    if format is None or is_little(args[0]) or globally_hooked():
         return None
     readers = vars(module).setdefault("_readers", Readers())
     return (taken_in(args[0], format, readers.of("input")), *args[1:])
+
+
+def _keep_shown(layer: nn.Module) -> None:
+    if watched(layer) and show not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(show)
 
 
 def hand_out(module: nn.Module, args: Any, output: Any) -> Any:

@@ -27,6 +27,20 @@ from pygan.ops.strided_conv import contiguous, is_last
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
+# Below these a kernel gains less than it takes to get there: elements of a map, and multiply-adds
+# of a convolution.
+LEAST_ELEMENTS = 1 << 16
+LEAST_MACS = 1 << 23
+
+
+def is_little(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether an operation on x, which is a convolution where there is a weight, is left to torch
+    for the little time that it takes."""
+    if weight is None:
+        return x.numel() < LEAST_ELEMENTS
+    # Every weight once per position: of the output, which is smaller where a stride is.
+    return x.shape[0] * x.shape[2:].numel() * weight.numel() < LEAST_MACS
+
 
 class Readers:
     """What reads the output of one place in a network, as its first call shows."""
@@ -347,7 +361,7 @@ def hand_on(
     """What a layer gives to whoever called it: pending where a known operation is the reader."""
     if isinstance(source, Map) and source.value().is_contiguous(memory_format=format):
         return _in_format(source.value(), format)
-    if saving_is_watched():
+    if saving_is_watched() or shape.numel() < LEAST_ELEMENTS:
         return _in_format(source.value(), format)
     like, *_ = source.inputs()
     graph = torch.is_grad_enabled()

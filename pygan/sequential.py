@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from pygan.known_operations import may_enter
 from pygan.layers import globally_hooked, is_own_hook
+from pygan.ops import dispatch
 from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
 from pygan.ops.norm_act import Settings, current_groups, norm_act
 from pygan.ops.norm_conv import Conv, norm_conv
 from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, is_last
-from pygan.pending import Map, Observed, Readers, format_of, hand_on, in_last
+from pygan.pending import Map, Observed, Readers, format_of, hand_on, in_last, is_little
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -29,6 +30,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid",
 }
 PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU)
+_HEADS = frozenset((*CONVOLUTIONS, *BATCH_NORMS, nn.Upsample, nn.UpsamplingNearest2d))
 FOLDED = ("upsample and convolution", "convolution and pool")
 
 
@@ -142,6 +144,10 @@ def fused_runs(layers: list[nn.Module]) -> Iterator[tuple[int, str, nn.Module | 
     folded, that it takes along."""
     i = 0
     while i < len(layers):
+        if type(layers[i]) not in _HEADS:
+            yield i, "module", None
+            i += 1
+            continue
         if i + 1 < len(layers) and (pair := _folded(layers[i], layers[i + 1])) is not None:
             yield i, pair, layers[i + 1]
             i += 2
@@ -261,27 +267,29 @@ def _one_group(
 
 
 # What does the same to a map in any layout.
-_LAYOUT_FREE = (
-    nn.Conv2d,
-    nn.ConvTranspose2d,
-    nn.Identity,
-    nn.Upsample,
-    nn.UpsamplingNearest2d,
-    nn.UpsamplingBilinear2d,
-    nn.PixelShuffle,
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.ELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.AvgPool2d,
-    nn.MaxPool2d,
-    nn.ZeroPad2d,
-    nn.ReflectionPad2d,
-    nn.ReplicationPad2d,
+_LAYOUT_FREE = frozenset(
+    (
+        nn.Conv2d,
+        nn.ConvTranspose2d,
+        nn.Identity,
+        nn.Upsample,
+        nn.UpsamplingNearest2d,
+        nn.UpsamplingBilinear2d,
+        nn.PixelShuffle,
+        nn.ReLU,
+        nn.LeakyReLU,
+        nn.PReLU,
+        nn.ELU,
+        nn.GELU,
+        nn.SiLU,
+        nn.Tanh,
+        nn.Sigmoid,
+        nn.AvgPool2d,
+        nn.MaxPool2d,
+        nn.ZeroPad2d,
+        nn.ReflectionPad2d,
+        nn.ReplicationPad2d,
+    )
 )
 
 
@@ -316,6 +324,11 @@ class FusedSequential(nn.Sequential):
                     shown = input.format
                 elif shown is not None and type(layers[i]) not in _LAYOUT_FREE:
                     shown = format_of(input) or shown
+                continue
+            if _is_little(layers[i], activation, kind, input):
+                for layer in (layers[i], activation):
+                    if layer is not None:
+                        input = self._called(i, layer, input, shown, False)
                 continue
             input = _opened(input, shown)
             if kind == "norm":
@@ -369,6 +382,18 @@ def _shown(input: Tensor, layers: list[nn.Module]) -> torch.memory_format | None
     if not convolutions or any(w is not None and w.dim() == 4 and is_last(w) for w in weights):
         return None
     return torch.contiguous_format
+
+
+def _is_little(layer: nn.Module, follower: nn.Module | None, kind: str, input: Tensor) -> bool:
+    """Whether layers that run as one operation take too little time to gain by that."""
+    if dispatch.wished() != "auto" or current_groups() > 1:
+        return False
+    if kind == "norm":
+        return is_little(input)
+    convolution = follower if kind == FOLDED[0] else layer
+    assert convolution is not None
+    weight = convolution._parameters.get("weight")
+    return weight is not None and is_little(input, weight)
 
 
 def _opened(x: Tensor, shown: torch.memory_format | None) -> Tensor:
