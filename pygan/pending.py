@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pygan.ops import norm_act, norm_conv
+from pygan.ops import few_positions, norm_act, norm_conv
 from pygan.ops.folded_conv import conv2d_avg_pool
 from pygan.ops.norm_act import Settings
 from pygan.ops.strided_conv import contiguous, is_last
@@ -39,7 +39,8 @@ def is_little(x: Tensor, weight: Tensor | None = None) -> bool:
     if weight is None:
         return x.numel() < LEAST_ELEMENTS
     # Every weight once per position: of the output, which is smaller where a stride is.
-    return x.shape[0] * x.shape[2:].numel() * weight.numel() < LEAST_MACS
+    macs = x.shape[0] * x.shape[2:].numel() * weight.numel()
+    return macs < LEAST_MACS and weight.numel() < few_positions.LEAST_WEIGHT
 
 
 class Readers:

@@ -3,13 +3,18 @@ from __future__ import annotations
 import copy
 import io
 import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pygan
+from pygan import pending
 from pygan.fuse import why_not_mergeable
+from pygan.ops import norm_conv
 from pygan.ops.norm_act import batch_groups
 from pygan.sequential import FusedSequential
 
@@ -648,3 +653,31 @@ def test_a_module_without_anything_to_fuse_stays_as_it_is() -> None:
     assert not pygan.fuse(network).fused
     assert [(type(m), dict(vars(m))) for m in network.modules()] == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+@pytest.mark.parametrize("make", [Attributes, lambda: nn.Sequential(*Attributes().children())])
+def test_little_layers_are_left_to_torch(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pending, "LEAST_ELEMENTS", 8 * 8 * 8 * 2)
+    monkeypatch.setattr(pending, "LEAST_MACS", 8 * 8 * 8 * 4 * 16 * 2)
+    network = make()
+    pygan.fuse(network)
+    for size, kernels in ((16, True), (8, False)):
+        calls = counted(monkeypatch, norm_conv, "_prepared")
+        for _ in range(4):
+            network(torch.randn(2, 3, size, size))
+        assert bool(calls) == kernels
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, place: ModuleType, name: str) -> list[None]:
+    """Grows with each call of a function."""
+    calls: list[None] = []
+    function = getattr(place, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, call)
+    return calls

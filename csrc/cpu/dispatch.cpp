@@ -166,7 +166,8 @@ int64_t norm_act_scratch(const NormActShape& s) {
 Status norm_act_forward(const NormActForward& args) {
   if (const Status status = check(args.shape); status != Status::ok) return status;
   if (empty(args.shape)) return Status::ok;
-  if (!args.x || !(args.y || args.coefficients || args.training) || !args.mean || !args.invstd || !args.scratch) {
+  if (!args.x || !(args.y || args.coefficients || args.training) || !args.mean || !args.invstd ||
+      !args.scratch) {
     return Status::bad_pointer;
   }
   if (!kernels.norm_act_forward) return Status::no_kernels;
