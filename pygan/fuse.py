@@ -27,12 +27,10 @@ from pygan.sequential import (
     fused_runs,
     globally_hooked,
     is_strided,
-    why_not_convolution,
     why_opaque,
 )
 
 _TRIES = 4
-_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @dataclass
@@ -46,8 +44,7 @@ class FuseReport:
         rows = [(name, "fused") for name in self.fused] + self.skipped
         if not rows:
             return (
-                "nothing to fuse: the module holds no batch norm, no 4x4 convolution of stride 2, "
-                "and no 3x3 one beside a nearest upsampling or an average pooling by 2"
+                "nothing to fuse: the module holds no batch or instance norm and no 2-D convolution"
             )
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {what}" for name, what in rows)
@@ -163,17 +160,22 @@ def _why_not_here(layer: nn.Module) -> str | None:
 
 def _is_leaf(layer: nn.Module) -> bool:
     """Whether a layer outside a ``nn.Sequential`` may run with what follows it, or by a kernel."""
-    return isinstance(layer, _layers.NORMS) or is_strided(layer) or type(layer) in CONVOLUTIONS
+    if isinstance(layer, CONVOLUTIONS):
+        plain = type(layer) in CONVOLUTIONS or _is_parametrized(layer)
+        return is_strided(layer) or (plain and layer.groups == 1 and layer.dilation == (1, 1))
+    return isinstance(layer, _layers.NORMS)
 
 
 def _why_not_leaf(layer: nn.Module) -> str | None:
     """Why such a layer has to be called as it is."""
-    if type(layer) not in (*_layers.NORMS, *CONVOLUTIONS) and not _is_parametrized(layer):
-        return f"{type(layer).__name__} is a class of its own"
-    if _layers.watched(layer):
-        return "it has hooks"
     if (reason := _why_not_here(layer)) is not None:
         return reason
+    if type(layer) not in (*_layers.NORMS, *CONVOLUTIONS) and not _is_parametrized(layer):
+        return f"{type(layer).__name__} is a class of its own"
+    if isinstance(layer, CONVOLUTIONS) and (layer.groups != 1 or layer.dilation != (1, 1)):
+        return "it has groups or a dilation"
+    if _layers.watched(layer):
+        return "it has hooks"
     return "its forward has been replaced" if "forward" in vars(layer) else None
 
 
@@ -188,15 +190,13 @@ def _describe(
 ) -> None:
     keys, layers = list(container._modules), list(container)
     prefix = f"{name}." if name else ""
-    inside.update(layer for layer in layers if not isinstance(layer, _INSTANCE_NORMS))
-    for key, layer in zip(keys, layers, strict=True):
-        reason = _why_not_here(layer) if isinstance(layer, (*BATCH_NORMS, *CONVOLUTIONS)) else None
-        if reason is not None:
-            report.skipped.append((f"{prefix}{key} {type(layer).__name__}", reason))
-            return
+    if any(_why_not_here(layer) is not None for layer in layers):
+        return
     convolution: list[str] = []  # one that may head the row of the batch norm behind it
     for i, kind, activation in fused_runs(layers):
         layer = layers[i]
+        if kind != "module":
+            inside.update(each for each in (layer, activation) if each is not None)
         title = f"{prefix}{keys[i]} {type(layer).__name__}"
         behind = (
             "" if activation is None else f" + {prefix}{keys[i + 1]} {type(activation).__name__}"
@@ -212,16 +212,6 @@ def _describe(
         elif kind == "norm":
             report.fused.append(" + ".join([*convolution, title]) + behind)
             convolution = []
-        elif isinstance(layer, BATCH_NORMS):
-            reason = why_opaque(layer)
-            if type(layer) not in BATCH_NORMS:
-                reason = f"{type(layer).__name__} is a class of its own"
-            assert reason is not None
-            report.skipped.append((title, reason))
-        elif is_strided(layer):
-            reason = why_not_convolution(layer)
-            assert reason is not None
-            report.skipped.append((title, reason))
     report.fused += convolution
 
 
