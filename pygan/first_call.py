@@ -26,7 +26,6 @@ from torch.nn.parameter import is_lazy
 from pygan.fuse import fuse
 from pygan.layers import enter, hand_out, is_own_hook, show, take_in
 from pygan.pending import Readers, plain
-from pygan.sequential import FusedSequential
 
 _SLOT = "_compiled_call_impl"
 _NO_LAYERS = ("container", "module", "transformer")  # of torch.nn.modules
@@ -290,8 +289,6 @@ def install() -> None:
             continue
         if kind.__module__.rpartition(".")[2] not in _NO_LAYERS and kind not in _HOLD_MODULES:
             kind._compiled_call_impl = None
-    # For what a forward prints of itself.
-    FusedSequential.__name__ = FusedSequential.__qualname__ = nn.Sequential.__name__
     theirs = torch.utils.checkpoint.checkpoint
 
     # What is computed again has to be computed in the same way.

@@ -60,9 +60,11 @@ def fuse(
     not, by native kernels, inside a ``nn.Sequential`` with 1 to 4 channels together with the ReLU
     or LeakyReLU behind them, and elsewhere together with the norm before them; 3x3 convolutions
     behind a nearest upsampling by 2 or before an average pooling by 2 as one convolution of that
-    kind; convolutions of a 1x1 map, or to one, as products of matrices. Contiguous maps go through
-    the network in channels_last, and leave it contiguous. What a ``forward`` does with a map is
-    found out while it runs, so any code may stand between the layers.
+    kind; convolutions of a 1x1 map, or to one, and 4x4 ones of few positions, as products of
+    matrices. Other 2-D convolutions, with a weight that is computed too, hand their maps on to any
+    of these. Contiguous maps go through the network in channels_last, and leave it contiguous. What
+    a ``forward`` does with a map is found out while it runs, so any code may stand between the
+    layers. Layers too little to gain are left to torch.
 
     Deep copies, pickles, ``.to``, train and eval mode and a second call all work; :func:`unfuse`
     undoes it. On other devices than a CPU the network runs as it did.

@@ -369,6 +369,10 @@ class FusedSequential(nn.Sequential):
         return hand_on(Map(x), x.shape, shown, self._readers.of(reader))
 
 
+# A network prints as it did; pickles go by the qualified name.
+FusedSequential.__name__ = nn.Sequential.__name__
+
+
 def _shown(input: Tensor, layers: list[nn.Module]) -> torch.memory_format | None:
     """The layout to show of maps that go through the layers in channels_last, or None where they
     go through as they come."""

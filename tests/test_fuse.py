@@ -98,6 +98,7 @@ def test_state_class_names_and_undo() -> None:
     names = [type(m).__name__ for m in fused.modules() if not list(m.children())]
     assert names == [type(m).__name__ for m in plain.modules() if not list(m.children())]
     assert isinstance(fused, nn.Sequential)
+    assert repr(fused) == repr(plain)
     again = pygan.fuse(fused)
     assert len(again.fused) == 6
     pygan.unfuse(fused)
