@@ -493,7 +493,8 @@ def up(
     :func:`pygan.functional.conv_transpose2d`."""
     call = prepare("up", small, weight, bias, output_padding, method=method, impl=impl)
     if call is None:
-        if _may_be_small("up", small, weight, bias, method, impl):
+        fits = all(0 <= extra < 2 for extra in output_padding)  # else torch has a word for it
+        if fits and _may_be_small("up", small, weight, bias, method, impl):
             y = few_positions.up(small, weight, bias, tuple(output_padding))
             return _in_format(y, is_last(small) or is_last(weight))
         return _by_torch(small, weight, lambda x: up_ref(x, weight, bias, output_padding))
@@ -537,8 +538,8 @@ def _may_be_small(
     """Whether torch is to run a convolution as a product of matrices."""
     return (
         (method, impl, dispatch.wished()) == ("auto", "auto", "auto")
-        and few_positions.is_small(conv_pass, x, weight)
         and _supports_cpu(x, weight, bias, 0 if conv_pass == "up" else 1) is None
+        and few_positions.is_small(conv_pass, x, weight)
     )
 
 

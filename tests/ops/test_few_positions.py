@@ -113,3 +113,7 @@ def test_others_run_as_they_did(calls: list[str]) -> None:
         functional.conv2d(x[:, :, :1], weight, None, 2, 1)
     with pytest.raises(RuntimeError, match="channels"):
         functional.conv2d(x[:, :100], weight, None, 2, 1)
+    small, weight, _ = inputs_of("up", 1, 2, 2, odd=False)
+    with pytest.raises(RuntimeError, match="output padding must be smaller"):
+        functional.conv_transpose2d(small, weight, None, 2, 1, 2)
+    assert functional.conv_transpose2d(small[0], weight, None, 2, 1).shape == (176, 4, 4)
