@@ -228,12 +228,11 @@ def unfuse(module: nn.Module) -> None:
     for layer in module.modules():
         if type(layer) is FusedSequential:
             layer.__class__ = nn.Sequential  # type: ignore[assignment]
-            vars(layer).pop("_readers", None)
+        vars(layer).pop("_readers", None)
         for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
             for key, hook in list(hooks.items()):
                 if _layers.is_own_hook(hook):
                     del hooks[key]
-                    vars(layer).pop("_readers", None)
 
 
 _SAMPLE_WISE = (

@@ -17,6 +17,7 @@ from pygan.ops import dispatch, norm_act, strided_conv
 from pygan.ops.folded_conv import upsample_conv2d
 from pygan.ops.norm_act import Settings
 from pygan.ops.norm_conv import Conv
+from pygan.ops.strided_conv import pair
 from pygan.pending import (
     HANDLERS,
     Convolved,
@@ -215,10 +216,6 @@ def _is_pooled(readers: Readers) -> bool:
     return set(readers.after) == {F.avg_pool2d} and not readers.others
 
 
-def _pair(value: Any) -> tuple[Any, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
 def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     def bound(
         input: Any,
@@ -233,7 +230,7 @@ def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             return NotImplemented
         if first.dim() != 4 or isinstance(padding, str) or weight.dim() != 4:
             return NotImplemented
-        geometry = (tuple(weight.shape[2:]), *map(_pair, (stride, padding, dilation)), groups)
+        geometry = (tuple(weight.shape[2:]), *map(pair, (stride, padding, dilation)), groups)
         source = first.fresh()
         y = None
         if geometry == STRIDED and isinstance(source, Normed):
@@ -273,11 +270,11 @@ def _conv_transpose2d(
             return NotImplemented
         if first.dim() != 4 or weight.dim() != 4:
             return NotImplemented
-        geometry = (tuple(weight.shape[2:]), *map(_pair, (stride, padding, dilation)), groups)
+        geometry = (tuple(weight.shape[2:]), *map(pair, (stride, padding, dilation)), groups)
         source = first.fresh()
         y = None
         if geometry == STRIDED and isinstance(source, Normed):
-            y = source.convolved(Conv("up", weight, bias, _pair(output_padding)))
+            y = source.convolved(Conv("up", weight, bias, pair(output_padding)))
         if y is None:
             x = first.value() if groups > 1 else in_last(first.value())
             y = strided_conv.conv_transpose2d(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pygan.known_operations import may_enter
-from pygan.layers import globally_hooked, is_own_hook
+from pygan.layers import globally_hooked, is_own_hook, watched
 from pygan.ops import dispatch
 from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
 from pygan.ops.norm_act import Settings, current_groups, norm_act
@@ -36,12 +36,7 @@ FOLDED = ("upsample and convolution", "convolution and pool")
 
 def why_opaque(layer: nn.Module) -> str | None:
     """Why a layer has to be called as a module (something may watch or replace the call)."""
-    if (
-        not all(map(is_own_hook, layer._forward_hooks.values()))
-        or not all(map(is_own_hook, layer._forward_pre_hooks.values()))
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    ):
+    if watched(layer) or not all(map(is_own_hook, layer._forward_pre_hooks.values())):
         return "it has hooks"
     if "forward" in vars(layer):
         return "its forward has been replaced"

@@ -574,7 +574,8 @@ def _by_torch(x: Tensor, weight: Tensor, run: Callable[[Tensor], Tensor]) -> Ten
     return run(x)
 
 
-def _pair(size: Any) -> tuple[Any, ...]:
+def pair(size: Any) -> tuple[Any, ...]:
+    """A size of both dimensions, as torch's convolutions take it."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
@@ -635,8 +636,8 @@ def conv2d(
 ) -> Tensor:
     """See :func:`pygan.functional.conv2d`."""
     taps = weight.shape[2:]
-    rest = (_pair(padding), _pair(dilation), groups)
-    if taps == (4, 4) and (_pair(stride), *rest) == _LIKE_DOWN:
+    rest = (pair(padding), pair(dilation), groups)
+    if taps == (4, 4) and (pair(stride), *rest) == _LIKE_DOWN:
         return down(input, weight, bias, method=method, impl=impl)
     _only_strided(method, impl)
     if (
@@ -665,9 +666,9 @@ def conv_transpose2d(
     impl: str = "auto",
 ) -> Tensor:
     """See :func:`pygan.functional.conv_transpose2d`."""
-    taps, outer = weight.shape[2:], _pair(output_padding)
-    rest = (_pair(padding), _pair(dilation), groups)
-    if taps == (4, 4) and (_pair(stride), *rest) == _LIKE_DOWN:
+    taps, outer = weight.shape[2:], pair(output_padding)
+    rest = (pair(padding), pair(dilation), groups)
+    if taps == (4, 4) and (pair(stride), *rest) == _LIKE_DOWN:
         return up(input, weight, bias, outer, method=method, impl=impl)
     _only_strided(method, impl)
     if (
