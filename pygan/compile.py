@@ -31,6 +31,7 @@ from pygan.known_operations import (
     may_enter,
     works_in_place,
 )
+from pygan.ops.binary_cross_entropy import binary_cross_entropy
 from pygan.ops.norm_act import activate
 from pygan.ops.strided_conv import DIRECT_CHANNELS
 from pygan.pending import HANDLERS, Readers, entered, format_of, plain, taken_in
@@ -66,14 +67,19 @@ def compile_backend(
 
     Returns:
         A function of the graph's inputs with plain tensors as its results; ``gm.forward`` itself
-        where pygan has nothing better. On other devices than a CPU, in other types than float32
-        and bfloat16 and where ``PYGAN_IMPL`` is set, torch runs the operations.
+        where pygan has nothing better. Binary cross-entropies are those of
+        :func:`pygan.functional.binary_cross_entropy`, unless inductor compiles them. On other
+        devices than a CPU, in other types than float32 and bfloat16 and where ``PYGAN_IMPL`` is
+        set, torch runs the operations.
 
     Raises:
         UserError: another mode, option or value of one. TorchDynamo shows its sentence inside a
             ``BackendCompilerFailed``.
     """
     then = _checked(mode, options)
+    if then == "eager":
+        for node in gm.graph.find_nodes(op="call_function", target=F.binary_cross_entropy):
+            node.target = binary_cross_entropy
     _take_activations(gm.graph)
     taken = _open(gm.graph)
     if not taken:

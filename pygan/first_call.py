@@ -19,12 +19,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pygan.fuse import fuse
 from pygan.layers import enter, hand_out, is_own_hook, show, take_in
+from pygan.ops.binary_cross_entropy import binary_cross_entropy
 from pygan.pending import Readers, plain
 
 _SLOT = "_compiled_call_impl"
@@ -299,6 +301,8 @@ def install() -> None:
         return theirs(functools.partial(_untouched, function), *plain(args), **plain(kwargs))
 
     torch.utils.checkpoint.checkpoint = checkpoint
+    # nn.BCELoss calls it, too.
+    F.binary_cross_entropy = functools.wraps(F.binary_cross_entropy)(binary_cross_entropy)
 
 
 def report() -> str:

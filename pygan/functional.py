@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pygan.losses import GanLoss, gan_d_loss, gan_g_loss
+from pygan.ops import binary_cross_entropy as _bce
 from pygan.ops import folded_conv as _folded
 from pygan.ops import image_batch as _batch
 from pygan.ops import norm_act as _norm
@@ -15,6 +16,7 @@ from pygan.ops import strided_conv as _conv
 
 __all__ = [
     "GanLoss",
+    "binary_cross_entropy",
     "conv2d",
     "conv2d_avg_pool",
     "conv_norm_act",
@@ -26,6 +28,36 @@ __all__ = [
     "norm_act",
     "upsample_conv2d",
 ]
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """``torch.nn.functional.binary_cross_entropy``, with the gradient of the logits.
+
+    Where ``input`` is what a sigmoid put out, viewed in another shape perhaps, the gradient behind
+    that sigmoid is the one of ``binary_cross_entropy_with_logits``, also where the probabilities
+    have become 0 or 1, from where torch's own loss sends none back. Value and every other gradient
+    are torch's to the bit. On any device.
+
+    Args:
+        input: probabilities, any shape and floating type.
+        target: of the same shape.
+        weight: of every element, broadcast, or None.
+        size_average, reduce: deprecated in torch; with them the loss is torch's own.
+        reduction: "mean", "sum" or "none".
+
+    Raises:
+        RuntimeError, ValueError: arguments that torch does not take.
+
+    Source: Goodfellow et al. 2014, arXiv:1406.2661, section 3.
+    """
+    return _bce.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
 
 
 def conv2d(

@@ -64,13 +64,14 @@ def fuse(
     matrices. Other 2-D convolutions, with a weight that is computed too, hand their maps on to any
     of these. Contiguous maps go through the network in channels_last, and leave it contiguous. What
     a ``forward`` does with a map is found out while it runs, so any code may stand between the
-    layers. Layers too little to gain are left to torch.
+    layers. Layers too little to gain are left to torch. A ``nn.BCELoss`` behind a sigmoid gets the
+    gradient of :func:`pygan.functional.binary_cross_entropy`, wherever the sigmoid is.
 
     Deep copies, pickles, ``.to``, train and eval mode and a second call all work; :func:`unfuse`
     undoes it. On other devices than a CPU the network runs as it did.
 
     Args:
-        module: any network.
+        module: any network, or a ``nn.BCELoss``.
         strict: raise where a batch norm or a 4x4 convolution of stride 2 has to be left as it is.
         example_inputs: arguments of a call, which is made now, without gradients, and leaves
             buffers and random numbers as they are: what it finds out need not be found out in the
@@ -95,10 +96,13 @@ def fuse(
         if type(container) is nn.Sequential and len(report.fused) > before:
             containers.append(container)
     leaves: list[tuple[nn.Module, str]] = []
+    criteria: dict[nn.Module, str] = {}
     for name, layer in module.named_modules():
+        title = f"{name} {type(layer).__name__}" if name else type(layer).__name__
+        if type(layer) is nn.BCELoss:
+            criteria[layer] = title
         if layer in inside or not _is_leaf(layer):
             continue
-        title = f"{name} {type(layer).__name__}" if name else type(layer).__name__
         reason = _why_not_leaf(layer)
         if reason is None:
             leaves.append((layer, title))
@@ -112,6 +116,9 @@ def fuse(
     for layer, _ in leaves:
         if _layers.enter not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_layers.enter)
+    for criterion in criteria:
+        if _layers.keep_gradient not in criterion._forward_hooks.values():
+            criterion.register_forward_hook(_layers.keep_gradient)
     if (report.fused or leaves) and _layers.hand_out not in module._forward_hooks.values():
         module.register_forward_hook(_layers.hand_out, prepend=True)
         module.register_forward_pre_hook(_layers.take_in)
@@ -124,6 +131,7 @@ def fuse(
     own = vars(module).get("_readers")
     if names := _operations(own.after.get("input") if own is not None else None):
         report.fused.append(f"the input: {', '.join(names)}")
+    report.fused += [f"{title} (with the gradient of the logits)" for title in criteria.values()]
     return report
 
 

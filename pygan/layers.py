@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from pygan.known_operations import may_enter
+from pygan.ops.binary_cross_entropy import with_lost_gradient
 from pygan.pending import Readers, entered, format_of, is_little, plain, taken_in
 
 NORMS = (
@@ -79,9 +80,17 @@ def hand_out(module: nn.Module, args: Any, output: Any) -> Any:
     return None if type(output) is Tensor else plain(output)
 
 
+def keep_gradient(criterion: nn.Module, args: tuple[Any, ...], loss: Tensor) -> Tensor | None:
+    """A forward hook of a ``nn.BCELoss``: what a saturated sigmoid loses is not lost."""
+    if len(args) != 2 or torch.compiler.is_compiling():
+        return None
+    assert isinstance(criterion, nn.BCELoss)
+    return with_lost_gradient(loss, *args, criterion.weight, criterion.reduction)
+
+
 def is_own_hook(hook: Any) -> bool:
     """Whether a hook is one of these."""
-    return hook in (enter, show, take_in, hand_out)
+    return hook in (enter, show, take_in, hand_out, keep_gradient)
 
 
 def watched(layer: nn.Module) -> bool:

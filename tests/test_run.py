@@ -527,6 +527,22 @@ def test_a_script_ends_as_by_python(end: str, status: int, tmp_path: Path) -> No
     assert bool(shown) == (end != "syntax")
 
 
+def test_a_saturated_discriminator_learns(tmp_path: Path) -> None:
+    (tmp_path / "saturated.py").write_text(
+        """
+import torch
+from torch import nn
+
+for criterion in (nn.BCELoss(), nn.functional.binary_cross_entropy):
+    logit = torch.tensor([80.0], requires_grad=True)
+    criterion(nn.Sigmoid()(logit), torch.zeros(1)).backward()
+    print(logit.grad.item())
+"""
+    )
+    assert run(tmp_path, "saturated.py", fused=False).stdout.split() == ["0.0", "0.0"]
+    assert run(tmp_path, "saturated.py", fused=True).stdout.split() == ["1.0", "1.0"]
+
+
 def test_modules_run_as_by_python(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()
