@@ -47,6 +47,11 @@ def _inputs(networks: Networks) -> list[Tensor]:
     ]
 
 
+def discriminator(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """A pair's second network, and the images it takes."""
+    return copy.deepcopy(_pair(name)[1]).to(dtype), _inputs(NETWORKS[name])[1].to(dtype)
+
+
 def way(name: str, fused: bool, bf16: bool, dtype: torch.dtype = torch.float32) -> Any:
     """One side: for each network its output, and the gradients of its input and parameters."""
     pair = [copy.deepcopy(network).to(dtype) for network in _pair(name)]
@@ -68,7 +73,7 @@ def way(name: str, fused: bool, bf16: bool, dtype: torch.dtype = torch.float32) 
     return call
 
 
-def _without_dropout(call: Callable[[], Any]) -> Any:
+def without_dropout(call: Callable[[], Any]) -> Any:
     """float64 draws other masks: none are drawn."""
     drop = nn.functional.dropout, nn.functional.dropout2d
     nn.functional.dropout = nn.functional.dropout2d = lambda x, *args, **kwargs: x * 1
@@ -84,11 +89,11 @@ def check(name: str, device: torch.device, sides: Sequence[Side]) -> None:
     The tests hold the gradients to the accuracy rule, on inputs that keep clear of kinks; here a
     ReLU input that rounds to the other side of zero than plain torch's changes some.
     """
-    truth = _without_dropout(way(name, False, False, torch.float64))
+    truth = without_dropout(way(name, False, False, torch.float64))
 
     def errors(fused: bool, precision: str) -> dict[str, float]:
         found = {}
-        made = _without_dropout(way(name, fused, precision == "bf16"))
+        made = without_dropout(way(name, fused, precision == "bf16"))
         for which, ours, exact in zip("GD", made, truth, strict=True):
             found[f"{which}'s output"] = relative_error(ours[:1], exact[:1])
             found[f"the gradient of {which}'s input"] = relative_error(ours[1:2], exact[1:2])

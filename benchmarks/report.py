@@ -28,7 +28,7 @@ PROG = "python -m benchmarks.report"
 START, END = "<!-- results -->", "<!-- /results -->"
 HEADLINE = "bench_train_step.py"
 LAYERS = "bench_strided_conv.py"
-DROP_IN = "bench_dropin.py"
+DROP_IN = ("bench_dropin.py", "bench_penalty.py")
 BESIDE = ("bench_sampling.py", "bench_memory.py")
 LEAST_ROUNDS = 7
 
@@ -76,7 +76,7 @@ def tables(result: dict[str, Any], *, headline_only: bool = True) -> str:
         UserError: no record of the training step, and only the headline is wanted.
     """
     step, beside = _of(result, HEADLINE), _of(result, *BESIDE)
-    dropped_in = _of(result, DROP_IN)
+    dropped_in = _of(result, *DROP_IN)
     if headline_only and not step:
         raise UserError(
             "the result has no record of the training step; run bench_train_step.py as well, "
@@ -91,8 +91,9 @@ def tables(result: dict[str, Any], *, headline_only: bool = True) -> str:
     lines += [_conditions(result, where), ""]
     if dropped_in:
         lines += [
-            "Networks as scripts for plain torch write them, generator and discriminator forward "
-            "and backward, on contiguous maps, before and after `pygan.fuse` and nothing else:",
+            "Networks as scripts for plain torch write them, on contiguous maps, before and after "
+            "`pygan.fuse` and nothing else: generator and discriminator forward and backward, or "
+            "(r1) the discriminator with a gradient penalty, backward through its backward:",
             "",
             *summary.drop_in(dropped_in),
             "",

@@ -23,7 +23,7 @@ from torch import Tensor
 from pygan.ops import few_positions, norm_act, norm_conv
 from pygan.ops.folded_conv import conv2d_avg_pool
 from pygan.ops.norm_act import Settings
-from pygan.ops.strided_conv import contiguous, is_last
+from pygan.ops.strided_conv import is_last, reordered
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -218,7 +218,7 @@ class Observed(Tensor):
         if self.shown is None:
             graph, autocast = self._modes
             with torch.set_grad_enabled(graph), torch.autocast("cpu", enabled=autocast):
-                self.shown = _in_format(self.source.value(), self.format)
+                self.shown = reordered(self.source.value(), self.format)
         return self.shown
 
     def become(self, source: Source) -> None:
@@ -301,12 +301,6 @@ def _detached(values: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Observed, lambda t: t.read().detach(), values)
 
 
-def _in_format(x: Tensor, format: torch.memory_format) -> Tensor:
-    if format is torch.contiguous_format:
-        return contiguous(x)
-    return x.contiguous(memory_format=format)
-
-
 def _strides(shape: torch.Size, last: bool) -> list[int]:
     order = [0, *range(2, len(shape)), 1] if last else list(range(len(shape)))
     strides, step = [0] * len(shape), 1
@@ -361,9 +355,9 @@ def hand_on(
 ) -> Tensor:
     """What a layer gives to whoever called it: pending where a known operation is the reader."""
     if isinstance(source, Map) and source.value().is_contiguous(memory_format=format):
-        return _in_format(source.value(), format)
+        return reordered(source.value(), format)
     if saving_is_watched() or shape.numel() < LEAST_ELEMENTS:
-        return _in_format(source.value(), format)
+        return reordered(source.value(), format)
     like, *_ = source.inputs()
     graph = torch.is_grad_enabled()
     tensor: Any
@@ -375,7 +369,7 @@ def hand_on(
         else:
             tensor = _without_values(*made)
     else:
-        value = _in_format(source.value(), format)
+        value = reordered(source.value(), format)
         if readers.asked:
             return value
         readers.asked = True
@@ -422,4 +416,4 @@ def format_of(x: Tensor) -> torch.memory_format | None:
 def in_last(x: Tensor) -> Tensor:
     """A map with its channels last; anything else as it is."""
     last = _LAST.get(x.dim())
-    return x if last is None else x.contiguous(memory_format=last)
+    return x if last is None else reordered(x, last)

@@ -23,6 +23,7 @@ from benchmarks import (
     bench_dropin,
     bench_folded_conv,
     bench_memory,
+    bench_penalty,
     bench_sampling,
     bench_strided_conv,
     bench_train_step,
@@ -773,6 +774,7 @@ def _ids() -> list[str]:
         bench_folded_conv.CASES,
         bench_sampling.CASES,
         bench_dropin.CASES,
+        bench_penalty.CASES,
     )
     sides = [side.id for cases in modules for case in cases.values() for side in case.sides]
     return [*sides, *bench_memory.SIDES]
@@ -931,7 +933,9 @@ def small_pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[measure.Case]:
 def test_fused_networks_are_checked(
     small_pair: measure.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    penalty = bench_penalty.CASES["dropin-upsample32-r1"]
     small_pair.check(CPU, small_pair.sides)
+    penalty.check(CPU, penalty.sides)
 
     def wrong(network: nn.Module) -> None:
         with torch.no_grad():
@@ -940,6 +944,8 @@ def test_fused_networks_are_checked(
     monkeypatch.setattr(pygan, "fuse", wrong)
     with pytest.raises(CheckFailed, match="pygan fp32: error of G's output"):
         small_pair.check(CPU, small_pair.sides)
+    with pytest.raises(CheckFailed, match="pygan fp32: error of gradients"):
+        penalty.check(CPU, penalty.sides)
 
 
 @pytest.mark.parametrize("name", dropin_networks.NETWORKS)

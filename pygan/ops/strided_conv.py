@@ -549,20 +549,30 @@ def contiguous(x: Tensor) -> Tensor:
     return x.flatten().view(x.shape) if x.dim() == 4 and is_last(x) else x
 
 
-class _Contiguous(torch.autograd.Function):
-    """:func:`contiguous` of a channels_last map, whose gradient is channels_last as the map is."""
+class _Reordered(torch.autograd.Function):
+    """A map in the other layout, whose gradient has the layout of the map: operations that meet
+    both in different ones are many times slower."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return contiguous(x)
+    def forward(x: Tensor, format: torch.memory_format) -> Tensor:
+        return contiguous(x) if format is _FIRST else x.contiguous(memory_format=format)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.format = _LAST if is_last(inputs[0]) else _FIRST
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return dy.contiguous(memory_format=_LAST)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy.contiguous(memory_format=ctx.format), None
+
+
+def reordered(x: Tensor, format: torch.memory_format) -> Tensor:
+    """A map in a layout, itself where it has that, with gradients in the layout of x."""
+    differs = x.dim() == 4 and not x.is_contiguous(memory_format=format)
+    if differs and x.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _Reordered.apply(x, format)
+        return result
+    return contiguous(x) if format is _FIRST else x.contiguous(memory_format=format)
 
 
 def _by_torch(x: Tensor, weight: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -570,7 +580,7 @@ def _by_torch(x: Tensor, weight: Tensor, run: Callable[[Tensor], Tensor]) -> Ten
     that is the smaller of both is copied instead."""
     maps = x.dim() == weight.dim() == 4 and x.is_cpu
     if maps and weight.numel() > 2 * x.numel() and is_last(x) and not is_last(weight):
-        return _in_format(run(_Contiguous.apply(x)), True)
+        return _in_format(run(reordered(x, _FIRST)), True)
     return run(x)
 
 
