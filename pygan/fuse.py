@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from pygan import layers as _layers
 from pygan.errors import UserError
+from pygan.ops import dispatch
 from pygan.pending import Readers
 from pygan.sequential import (
     BATCH_NORMS,
@@ -68,7 +69,8 @@ def fuse(
     gradient of :func:`pygan.functional.binary_cross_entropy`, wherever the sigmoid is.
 
     Deep copies, pickles, ``.to``, train and eval mode and a second call all work; :func:`unfuse`
-    undoes it. On other devices than a CPU the network runs as it did.
+    undoes it. On a GPU the layers of a ``nn.Sequential`` run fused, in the layout they come in; on
+    other devices the network runs as it did.
 
     Args:
         module: any network, or a ``nn.BCELoss``.
@@ -163,8 +165,10 @@ def _why_not_here(layer: nn.Module) -> str | None:
     for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
         if is_lazy(tensor):
             return "it is lazy and not initialized yet"
-        if tensor.device.type != "cpu":
-            return f"its parameters are on {tensor.device.type}, and its kernels are for a CPU"
+        if (kind := tensor.device.type) == "cuda":
+            return dispatch.gpu_reason()
+        if kind != "cpu":
+            return f"its parameters are on {kind}, and the kernels are for CPUs and NVIDIA GPUs"
     return None
 
 
@@ -186,6 +190,8 @@ def _why_not_leaf(layer: nn.Module) -> str | None:
         return "it has groups or a dilation"
     if _layers.watched(layer):
         return "it has hooks"
+    if any(tensor.is_cuda for tensor in layer.parameters(recurse=False)):
+        return "on a GPU only layers inside a nn.Sequential are fused"
     return "its forward has been replaced" if "forward" in vars(layer) else None
 
 

@@ -36,6 +36,8 @@ LEAST_MACS = 1 << 23
 def is_little(x: Tensor, weight: Tensor | None = None) -> bool:
     """Whether an operation on x, which is a convolution where there is a weight, is left to torch
     for the little time that it takes."""
+    if not x.is_cpu:
+        return False
     if weight is None:
         return x.numel() < LEAST_ELEMENTS
     # Every weight once per position: of the output, which is smaller where a stride is.

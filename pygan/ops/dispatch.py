@@ -84,6 +84,11 @@ def triton_reason() -> str | None:
     return None
 
 
+def gpu_reason() -> str | None:
+    """Why no kernels of pygan run on a GPU of this machine, or None."""
+    return triton_reason()
+
+
 def supports_triton(*tensors: torch.Tensor) -> str | None:
     """Reason that Triton kernels cannot take these tensors, or None."""
     reason = triton_reason()
