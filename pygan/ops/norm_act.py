@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, map_memory, native
+from pygan.ops import dispatch, map_memory, native, norm_act_triton
 
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4}
 
@@ -97,18 +97,27 @@ def norm_act_ref(
 
 
 def supports_cpu(x: Tensor, *parameters: Tensor | None) -> str | None:
+    return _unfit(x, parameters) or dispatch.supports_cpu(x)
+
+
+def _supports_triton(x: Tensor, *parameters: Tensor | None) -> str | None:
+    return _unfit(x, parameters) or norm_act_triton.supports(x)
+
+
+def _unfit(x: Tensor, parameters: Sequence[Tensor | None]) -> str | None:
+    """Reason that no kernel takes these parameters and buffers beside x, or None."""
     for parameter in parameters:
         if parameter is None:
             continue
         if parameter.dtype is not torch.float32:
             return f"a parameter or buffer is {parameter.dtype}, not float32"
-        if not parameter.is_cpu:
-            return f"a parameter or buffer is on {parameter.device}, not on the CPU"
+        if parameter.device != x.device:
+            return f"a parameter or buffer is on {parameter.device}, not on {x.device}"
         if not parameter.is_contiguous():
             return "a parameter or buffer is not contiguous"
         if parameter.shape != x.shape[1:2]:
             return f"a parameter or buffer of shape {tuple(parameter.shape)} does not fit the input"
-    return dispatch.supports_cpu(x)
+    return None
 
 
 def _dense(x: Tensor) -> tuple[Tensor, int]:
@@ -278,6 +287,53 @@ def cpu_backward(
     return dx, dweight, dbias
 
 
+def _triton_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Settings,
+    given: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    x, layout = _dense(x)
+    found = norm_act_triton.forward(
+        x, layout == 0, weight, bias, running_mean, running_var, settings, given
+    )
+    follows = settings.training and given is None
+    if follows and running_mean is not None and running_var is not None:
+        torch.autograd.graph.increment_version([running_mean, running_var])
+    return found
+
+
+def _triton_backward(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    wants: Sequence[bool],
+    settings: Settings,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, layout = _dense(x)
+    if dy.stride() != x.stride() or dy.dtype != x.dtype:
+        dy = torch.empty_like(x).copy_(dy)
+    return norm_act_triton.backward(x, layout == 0, dy, weight, bias, statistics, wants, settings)
+
+
+class _Kernels(NamedTuple):
+    """An implementation: y and the statistics, and the gradients that are wanted."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
+
+
+_KERNELS = {
+    "cpu": _Kernels(_cpu_forward, cpu_backward),
+    "triton": _Kernels(_triton_forward, _triton_backward),
+}
+
+
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -289,11 +345,12 @@ class _NormAct(torch.autograd.Function):
         running_var: Tensor | None,
         settings: Settings,
         given: Tensor | None,
+        kernels: _Kernels,
     ) -> Tensor:
-        y, statistics = _cpu_forward(x, weight, bias, running_mean, running_var, settings, given)
+        y, statistics = kernels.forward(x, weight, bias, running_mean, running_var, settings, given)
         frozen = (None, None) if settings.training else (running_mean, running_var)
         ctx.save_for_backward(x, weight, bias, statistics, *frozen)
-        ctx.settings = settings
+        ctx.settings, ctx.kernels = settings, kernels
         return y
 
     @staticmethod
@@ -302,9 +359,9 @@ class _NormAct(torch.autograd.Function):
         wants = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             y = norm_act_ref(x, running_mean, running_var, weight, bias, ctx.settings)
-            return (*differentiable_grads(y, (x, weight, bias), grads[0], wants), *(None,) * 4)
-        found = cpu_backward(x, grads[0], weight, bias, statistics, wants, ctx.settings)
-        return (*found, *(None,) * 4)
+            return (*differentiable_grads(y, (x, weight, bias), grads[0], wants), *(None,) * 5)
+        found = ctx.kernels.backward(x, grads[0], weight, bias, statistics, wants, ctx.settings)
+        return (*found, *(None,) * 5)
 
 
 def differentiable_grads(
@@ -340,11 +397,18 @@ def norm_act(
         running_var,
         Settings(training, momentum, eps, activation, negative_slope, groups),
     )
-    if given is None and _chosen(impl, x, weight, bias, running_mean, running_var) == "torch":
+    # Statistics that are given are those of the CPU's kernels, whatever is wished.
+    chosen = "cpu"
+    if given is None or not x.is_cpu:
+        chosen = _chosen(impl, x, weight, bias, running_mean, running_var)
+    if chosen == "torch":
+        if given is not None:
+            raise UserError("statistics are given, which only kernels take; leave them out")
         return norm_act_ref(x, running_mean, running_var, weight, bias, settings)
+    arguments, kernels = (running_mean, running_var, settings, given), _KERNELS[chosen]
     if torch.is_grad_enabled():
-        return _NormAct.apply(x, weight, bias, running_mean, running_var, settings, given)
-    return _cpu_forward(x, weight, bias, running_mean, running_var, settings, given)[0]
+        return _NormAct.apply(x, weight, bias, *arguments, kernels)
+    return kernels.forward(x, weight, bias, *arguments)[0]
 
 
 def checked_settings(
@@ -376,5 +440,9 @@ def _chosen(impl: str, x: Tensor, *parameters: Tensor | None) -> str:
     # The usual answer first: it is asked for in every layer of every step.
     if impl == "auto" and dispatch.wished() == "auto" and supports_cpu(x, *parameters) is None:
         return "cpu"
-    candidates = [("cpu", lambda: supports_cpu(x, *parameters)), ("torch", dispatch.always)]
+    candidates = [
+        ("triton", lambda: _supports_triton(x, *parameters)),
+        ("cpu", lambda: supports_cpu(x, *parameters)),
+        ("torch", dispatch.always),
+    ]
     return dispatch.choose("norm_act", impl, candidates)

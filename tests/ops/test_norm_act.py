@@ -34,6 +34,7 @@ class Case:
     offset: float = 0.5
     momentum: float = 0.1
     eps: float = 1e-5
+    device: str = "cpu"
 
 
 def arrange(x: Tensor, layout: str) -> Tensor:
@@ -53,7 +54,7 @@ def make(case: Case) -> dict[str, Any]:
     spread = torch.rand(channels, generator=g) + 0.5
     shape = (1, -1, *[1] * (len(case.shape) - 2))
     x = torch.randn(case.shape, generator=g) * spread.view(shape) + case.offset
-    return {
+    made = {
         "x": arrange(x.to(case.dtype), case.layout),
         "weight": torch.randn(channels, generator=g) if case.affine else None,
         "bias": torch.randn(channels, generator=g) if case.affine else None,
@@ -62,6 +63,7 @@ def make(case: Case) -> dict[str, Any]:
         "dy": torch.randn(case.shape, generator=g).to(case.dtype),
         "ddx": torch.randn(case.shape, generator=g).to(case.dtype),
     }
+    return {k: v if v is None else v.to(case.device) for k, v in made.items()}
 
 
 def run(case: Case, impl: str, wide: bool = False, second: bool = False) -> dict[str, Tensor]:
@@ -105,8 +107,8 @@ def run(case: Case, impl: str, wide: bool = False, second: bool = False) -> dict
     return result
 
 
-def check(case: Case, second: bool = False) -> None:
-    ours = run(case, "cpu", second=second)
+def check(case: Case, second: bool = False, impl: str = "cpu") -> None:
+    ours = run(case, impl, second=second)
     plain = run(case, "torch", second=second)
     oracle = run(case, "torch", wide=True, second=second)
     assert ours.keys() == oracle.keys()

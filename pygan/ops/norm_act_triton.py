@@ -1,0 +1,103 @@
+"""The Triton kernels of :mod:`pygan.ops.norm_act`, which has the definitions.
+
+Tensors are on one GPU: x ``[N, C, *]`` float32, bfloat16 or float16, everything ``[C]`` float32.
+Nothing here synchronises; scratch comes from torch's allocator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pygan.ops import dispatch
+
+if TYPE_CHECKING:
+    from pygan.kernels.norm_act import Map
+    from pygan.ops.norm_act import Settings
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4}
+_ADDRESSED = 2**31  # values that a program may count
+
+
+def supports(x: Tensor) -> str | None:
+    """Reason that the kernels cannot take x, or None."""
+    if x.dtype not in _DTYPES:
+        return f"the dtype is {x.dtype}, not float32, bfloat16 or float16"
+    if x.numel() >= _ADDRESSED or x.numel() == 0:
+        return f"the input has {x.numel()} values, not 1 to {_ADDRESSED - 1}"
+    return dispatch.supports_triton(x)
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _map(x: Tensor, channels_last: bool, groups: int) -> Map:
+    from pygan.kernels import norm_act as kernels
+
+    size = x.shape[2:].numel()
+    return kernels.cut(x.shape[0] // groups * size, x.shape[1], size, groups, channels_last)
+
+
+def forward(
+    x: Tensor,
+    channels_last: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Settings,
+    given: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y, and mean and invstd as ``[2, groups, C]``, ``given`` or of a dense x."""
+    from pygan.kernels import norm_act as kernels
+
+    training, momentum, eps, activation, slope, groups = settings
+    y, map, f = torch.empty_like(x), _map(x, channels_last, groups), _ACTIVATIONS[activation]
+    running = None
+    if running_mean is not None and running_var is not None and given is None:
+        running = running_mean, running_var
+    found = given
+    if found is None:
+        found = x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
+    with _on(x):
+        if training and given is None:
+            kernels.statistics_and_values(
+                y, found, running, x, weight, bias, map, momentum, eps, f, slope
+            )
+        else:
+            kernels.values(y, found, running, x, weight, bias, map, eps, f, slope)
+    return y, found
+
+
+def backward(
+    x: Tensor,
+    channels_last: bool,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    wants: Sequence[bool],
+    settings: Settings,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, each where wanted; dy has the strides of a dense x."""
+    from pygan.kernels import norm_act_grad as kernels
+
+    dx = torch.empty_like(x) if wants[0] else None
+    dweight = torch.empty_like(weight) if wants[1] and weight is not None else None
+    dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
+    with _on(x):
+        kernels.gradients(
+            *(dx, dweight, dbias, x, dy, statistics, weight, bias),
+            _map(x, channels_last, settings.groups),
+            settings.training,
+            _ACTIVATIONS[settings.activation],
+            settings.negative_slope,
+        )
+    return dx, dweight, dbias
