@@ -3,6 +3,7 @@ GPU by CUDA's own."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import random
@@ -454,6 +455,100 @@ def test_a_wait_for_the_device_is_told_by_the_users_line(monkeypatch: pytest.Mon
 
     (found,) = warm_up()
     assert "test_step_graph.py:" in found and "as item() does" in found
+
+
+class FakeCuda:
+    """The parts of ``torch.cuda`` that a capture calls, on a machine without."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, end_fails: bool = False) -> None:
+        self.end_fails, self.calls = end_fails, list[str]()
+        fake = self
+
+        class Graph:
+            def replay(self) -> None:
+                fake.calls.append("replay")
+
+            def reset(self) -> None:
+                fake.calls.append("reset")
+
+            def register_generator_state(self, generator: torch.Generator) -> None:
+                fake.calls.append("register")
+
+        class Stream:
+            def __init__(self, device: Any = None) -> None:
+                self.waited = 0
+
+            def wait_stream(self, other: Any) -> None:
+                self.waited += 1
+
+        @contextlib.contextmanager
+        def graph(graph: Graph, **settings: Any) -> Iterator[None]:
+            assert settings["capture_error_mode"] == "thread_local"
+            yield
+            if fake.end_fails:
+                fake.end_fails = False
+                raise RuntimeError("capture was invalidated")
+
+        def done(name: str) -> Callable[..., None]:
+            return lambda *args: fake.calls.append(name)
+
+        current = Stream()
+        for name, value in {
+            "CUDAGraph": Graph,
+            "Stream": Stream,
+            "graph": graph,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "device": lambda device: contextlib.nullcontext(),
+            "current_device": lambda: 0,
+            "current_stream": lambda device=None: current,
+            "is_current_stream_capturing": lambda: False,
+            "graph_pool_handle": lambda: (0, 1),
+            "default_generators": [torch.default_generator],
+            "mem_get_info": lambda device: (3 << 29, 4 << 30),
+            "memory_reserved": lambda device: 2 << 30,
+            "synchronize": done("synchronize"),
+            "empty_cache": done("empty_cache"),
+            "get_sync_debug_mode": lambda: 0,
+            "set_sync_debug_mode": done("watch"),
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            patch.setattr(torch._C, name, done(name), raising=False)
+
+
+def test_cuda_captures_once_and_counts_what_shares_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeCuda(monkeypatch)
+    step = make()
+    step._graphed = GraphedStep(step, cuda_graph.CudaGraphs(torch.device("cpu")))
+    for i in range(WARM_UP + 2):
+        step(*batch(i))
+    # Once to begin watching in the last step of the warm-up, once to end.
+    assert fake.calls == ["watch", "watch", "replay", "replay"]
+    step.recapture()
+    assert fake.calls[4:] == ["synchronize", "reset"]
+    assert step._graphed._graphs._alive == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("end_fails", [False, True])
+def test_cuda_recovers_where_a_capture_fails(
+    end_fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeCuda(monkeypatch, end_fails=end_fails)
+    graphs = cuda_graph.CudaGraphs(torch.device("cpu"))
+
+    def body() -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory") if not end_fails else ValueError("mine")
+
+    message = r"mine, at .*test_step_graph.py:\d+ \(raise torch" if end_fails else (
+        "not enough memory for its graph: 1.50 of 4.00 GiB are free, and torch holds 2.00 GiB"
+    )  # fmt: skip
+    with pytest.raises(CaptureError, match=message):
+        graphs.capture(body, [])
+    recovered = ["_cuda_endAllocateToPool", "_cuda_releasePool", "reset"] if end_fails else []
+    assert fake.calls == [*recovered, "reset", "synchronize", "empty_cache"]
+    assert graphs._alive == 0
 
 
 def gpu_step(**settings: Any) -> pygan.AdversarialStep:
