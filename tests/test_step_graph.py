@@ -58,12 +58,14 @@ class Replay:
     def replay(self) -> Tensor:
         assert not self.closed
         now = [self.hyperparameters(o) for o in self.optimizers]
+        shown = [p.grad for p, _ in self.grads]
         self._set(self.groups)
         self.out.copy_(self.run())
         self._set(now)
-        # A graph writes where it wrote while it was captured.
-        for parameter, grad in self.grads:
+        # A graph writes where it wrote while it was captured, and sets no attributes.
+        for (parameter, grad), before in zip(self.grads, shown, strict=True):
             grad.copy_(parameter.grad)
+            parameter.grad = before
         return self.out
 
     def close(self) -> None:
@@ -323,6 +325,24 @@ def test_a_failed_capture_leaves_eager_steps_unharmed(
     assert "operation not permitted" in message and "test_step_graph.py:" in message
     assert "the line that is named" in message and f"[{BATCH}, 1, {SIZE}, {SIZE}]" in message
     assert not hasattr(graphed.opt_d, "grad_scale")
+
+
+@pytest.mark.parametrize("place", ["opt_g.step", "_scaler_g.update"])
+def test_a_capture_that_fails_in_an_optimizer_leaves_its_scaler_unharmed(place: str) -> None:
+    eager, graphed, graphs = pair(amp="fp16")
+    owner, name = place.split(".")
+    original = getattr(getattr(graphed, owner), name)
+
+    def refusing() -> None:
+        if graphs.capturing:
+            raise RuntimeError("operation not permitted")
+        original()
+
+    setattr(getattr(graphed, owner), name, refusing)
+    for i in range(8):
+        assert torch.equal(torch.stack(eager(*batch(i))), torch.stack(graphed(*batch(i))))
+    require_equal(eager, graphed)
+    assert graphed._graphed is not None and graphed._graphed.reason is not None
 
 
 class Counting(nn.Module):
