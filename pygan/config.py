@@ -34,6 +34,7 @@ class Config:
     seed: int = 0
     fused: bool = False
     amp: str | None = None
+    graph: str = "auto"
     loss: str = "bce"
     loss_weight: float = 1.0
     flip: bool = False
@@ -52,7 +53,7 @@ class Config:
 
 
 MAY_CHANGE: Final = {
-    "epochs", "steps", "threads", "workers", "log_every", "save_every", "sample_every",
+    "epochs", "steps", "threads", "workers", "graph", "log_every", "save_every", "sample_every",
 }  # fmt: skip
 
 
@@ -106,6 +107,8 @@ def _add_training(add: Callable[..., None]) -> None:
     add("--loss-weight", type=positive, help="factor of both losses")
     add("--amp", choices=("off", "bf16", "fp16", "auto"),
         help="mixed precision (default auto with --fused, otherwise off)")
+    add("--graph", choices=("auto", "off", "on"),
+        help="with --fused, a step as one CUDA graph (default auto: where that is possible)")
     add("--device", choices=("auto", "cpu", "cuda"), help="default auto")
     add("--threads", type=cli.thread_count, metavar="N", help="CPU threads (default: torch's)")
     add("--seed", "--manualSeed", type=cli.whole_number(0, cli.SEED_MAX),
@@ -174,6 +177,8 @@ def parse(argv: Sequence[str] | None) -> Request:
         raise UserError(f"--resume {resume} goes on in its own folder; leave out --outf {outf}")
     if "epochs" in given and "steps" in given:
         raise UserError("--epochs and --steps both say when to stop; give one of them")
+    if given.get("graph") == "on" and resume is None and not given.get("fused"):
+        raise UserError("--graph on captures the fused step; add --fused, or leave it out")
     if dry_run:
         if resume is not None:
             raise UserError("--dry-run tries out a new run; leave it out, or leave out --resume")

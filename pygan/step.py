@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pygan.cuda_graph import CudaGraphs
 from pygan.errors import UserError
 from pygan.functional import image_batch
 from pygan.fuse import why_not_mergeable
 from pygan.losses import check_loss, d_loss_term, gan_d_loss, gan_g_loss, has_kernel, is_paired
 from pygan.ops import map_memory
 from pygan.ops.norm_act import batch_groups
+from pygan.step_graph import GraphedStep, Inputs
 
 logger = logging.getLogger("pygan")
 
@@ -28,7 +30,8 @@ _DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
-    """Float32 ``[]`` tensors on the device; reading them is the caller's synchronisation.
+    """Float32 ``[]`` tensors on the device, which no later step changes; reading them is the
+    caller's synchronisation.
 
     ``d_real`` = mean D(x), ``d_fake`` and ``d_fake_after`` = mean D(G(z)) before and after D's
     update.
@@ -84,8 +87,8 @@ class _Step:
         generator: torch.Generator | None = None,
     ) -> None:
         check_loss(loss, real_target=(real_target, 1.0))
-        if graph not in ("auto", "off"):
-            raise UserError(f"graph is {graph!r}; it is 'auto' or 'off'")
+        if graph not in ("auto", "off", "on"):
+            raise UserError(f"graph is {graph!r}; it is 'auto', 'off' or 'on'")
         if merge not in (True, False, "auto"):
             raise UserError(f"merge is {merge!r}; it is True, False or 'auto'")
         if isinstance(list(D.modules())[-1], nn.Sigmoid):
@@ -97,7 +100,9 @@ class _Step:
         self.device = next(D.parameters()).device
         self.amp = resolve_amp(amp, self.device)
         self.merge = merge
+        self.graph = graph
         self.generator = generator
+        self.totals: Tensor | None = None
         scaling = self.amp == "fp16"
         self._scaler_d = torch.amp.GradScaler(self.device.type, enabled=scaling)
         self._scaler_g = torch.amp.GradScaler(self.device.type, enabled=scaling)
@@ -112,10 +117,44 @@ class _Step:
         Raises:
             UserError: no z is given and G does not tell its length.
         """
+        return self._run(Inputs(real, z=z))
+
+    def gathered(
+        self, images: Tensor, index: Tensor, *, flip: Tensor | None = None, z: Tensor | None = None
+    ) -> StepResult:
+        """The same on ``image_batch(images, index, flip=flip)``, gathered as part of the step.
+
+        Args:
+            images: ``[M, H, W, C]`` uint8 on the device, the same tensor in every step.
+            index: ``[N]`` int64 on the device.
+            flip: ``[N]`` bool on the device, or None.
+            z: as above.
+
+        Raises:
+            UserError: as above, and as :func:`pygan.functional.image_batch`.
+        """
+        return self._run(Inputs(None, images, index, flip, z))
+
+    def _run(self, inputs: Inputs) -> StepResult:
+        return self.run_eagerly(inputs)
+
+    def run_eagerly(self, inputs: Inputs) -> StepResult:
+        """One update, operation by operation."""
+        real, z = self._real(inputs), inputs.z
         if z is None:
             shape = (real.shape[0], _latent_size(self.G), 1, 1)
             z = torch.randn(shape, device=self.device, generator=self.generator)
-        return self._update(self._prepared(real), z)
+        result = self._update(real, z)
+        if self.totals is not None:
+            self.totals.add_(torch.stack(result))
+        return result
+
+    def _real(self, inputs: Inputs) -> Tensor:
+        if inputs.real is not None:
+            return self._prepared(inputs.real)
+        assert inputs.images is not None and inputs.which is not None
+        dtype = _DTYPES[self.amp]
+        return image_batch(inputs.images, inputs.which, flip=inputs.flip, dtype=dtype)
 
     def _update(self, real: Tensor, z: Tensor) -> StepResult:
         raise AssertionError("a step defines its update")
@@ -177,6 +216,8 @@ class AdversarialStep(_Step):
     - D is constant while G learns: its weight gradients are not computed.
     - Losses, their gradients and the mean probabilities come from one pass over the logits.
     - Nothing is read back from the device.
+    - On a CUDA device the whole step is one graph, after three steps as usual for every shape: see
+      :mod:`pygan.step_graph`.
 
     Convolution weights are brought to channels_last, in place.
 
@@ -192,13 +233,22 @@ class AdversarialStep(_Step):
         real_target: below 1 for one-sided label smoothing (Salimans et al. 2016), where the loss
             has targets.
         amp: "auto", "off", "bf16" or "fp16" (with a gradient scaler for each optimizer).
-        graph: "auto" or "off".
+        graph: "auto" captures a CUDA graph where that repeats all that a step does, and else says
+            once in the log what hinders it; "on" raises then; "off". Optimizers need
+            ``capturable=True`` for it. Changed hyperparameters, loaded states and train or eval
+            mode are seen; after another change in the networks, of a layer's momentum, say, or of
+            its hooks, call :meth:`recapture`. A learning rate that changes often is best a tensor
+            on the device, filled in place.
         merge: one call of D for both halves: "auto" (where it is known to be the same, and faster),
             True or False to force.
         generator: for z.
 
+    Attributes:
+        totals: None, or a float32 ``[5]`` on the device, to which every step adds its result.
+
     Raises:
-        UserError: an unknown setting, a target for a loss without, or a D that ends in a sigmoid.
+        UserError: an unknown setting, a target for a loss without, a D that ends in a sigmoid, or a
+            graph that has to be and is not for this device.
 
     Source: Goodfellow et al. 2014, arXiv:1406.2661, algorithm 1 with one step of D.
     """
@@ -222,6 +272,22 @@ class AdversarialStep(_Step):
             self.merge = reason is None
             if reason is not None:
                 logger.info("D is called twice a step, because %s", reason)
+        if self.graph == "on" and self.device.type != "cuda":
+            raise UserError(
+                f"graph is 'on' and the networks are on {self.device}; CUDA graphs need a CUDA "
+                "device, so give 'auto' or 'off'"
+            )
+        self._graphed: GraphedStep | None = None
+        if self.graph != "off" and self.device.type == "cuda":
+            self._graphed = GraphedStep(self, CudaGraphs(self.device), required=self.graph == "on")
+
+    def _run(self, inputs: Inputs) -> StepResult:
+        return self.run_eagerly(inputs) if self._graphed is None else self._graphed(inputs)
+
+    def recapture(self) -> None:
+        """Drops the graphs; the next steps make them anew, from the networks as they are then."""
+        if self._graphed is not None:
+            self._graphed.forget()
 
     def _update(self, real: Tensor, z: Tensor) -> StepResult:
         # Not only before G's own update, or its gradients would lie about through D's.
@@ -305,7 +371,7 @@ class ReferenceStep(_Step):
     D on real and on generated images in two calls, with a backward each where the loss is a sum
     over both, then G through D with all gradients; losses from ``binary_cross_entropy_with_logits``
     where they are of that kind, else from the torch operations of :mod:`pygan.losses`. Arguments
-    and result as :class:`AdversarialStep`; ``merge`` has no meaning here.
+    and result as :class:`AdversarialStep`; ``merge`` and ``graph`` have no meaning here.
     """
 
     def _bce(self, logits: Tensor, target: float) -> Tensor:

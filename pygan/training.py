@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 SAMPLES: Final = 64
 # The numbers of a step, in the order of StepResult.
 NUMBERS: Final = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_after")
+# Of the memory that is free once the networks are on the GPU, for the images.
+RESIDENT_SHARE: Final = 0.5
 
 
 class StopSignal:
@@ -121,7 +123,7 @@ class Networks:
         step = pygan.AdversarialStep if config.fused else pygan.ReferenceStep
         self.step = step(
             self.G, self.D, self.opt_g, self.opt_d,
-            loss=config.loss, loss_weight=config.loss_weight,
+            loss=config.loss, loss_weight=config.loss_weight, graph=config.graph,
             amp=config.amp or ("auto" if config.fused else "off"),
         )  # fmt: skip
 
@@ -174,26 +176,66 @@ class Batches:
             # The array is a read-only memory map, and nobody writes to it.
             warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
             self._images = torch.from_numpy(images.images)
+        self.resident = False
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
-            if self._images.nbytes <= free // 2:
+            self.resident = self._images.nbytes <= RESIDENT_SHARE * free
+            if self.resident:
                 self._images = self._images.to(device)
+        self._epoch = -1
+        self._orders = self._flips = torch.empty(0)
+
+    def update(self, networks: Networks, step: int) -> None:
+        """Trains on the batch of a step, which counts from 0.
+
+        Images that are on the GPU are gathered as part of the update, by an order that went there
+        once for the epoch.
+        """
+        if not (self.resident and self._config.fused):
+            networks.step(self.real(step), self.latent())
+            return
+        networks.step.generator = self.generator
+        index, flip = self.chosen(step)
+        networks.step.gathered(self._images, index, flip=flip)
+
+    def chosen(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """Indices int64 ``[N]`` of the images of a step, and bool ``[N]`` which are mirrored, on
+        the device."""
+        epoch, position = divmod(step, self.order.steps_per_epoch)
+        if epoch != self._epoch:
+            first = epoch * self.order.steps_per_epoch
+            steps = range(first, first + self.order.steps_per_epoch)
+            orders = np.stack([self.order.index(i) for i in steps])
+            self._orders = self._uploaded(torch.from_numpy(orders))
+            if self._config.flip:
+                flips = np.stack([self._mirrored(i) for i in steps])
+                self._flips = self._uploaded(torch.from_numpy(flips))
+            self._epoch = epoch
+        return self._orders[position], self._flips[position] if self._config.flip else None
+
+    def _uploaded(self, host: Tensor) -> Tensor:
+        """On the device, without waiting for it."""
+        if self._device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self._device, non_blocking=True)
+
+    def _mirrored(self, step: int) -> np.ndarray:
+        random = np.random.default_rng((self._flip_seed, step))
+        return random.random(self._config.batch_size) < 0.5
 
     def real(self, step: int) -> Tensor:
         """float32 `[N, C, H, W]` in [-1, 1]; `step` counts from 0.
 
         channels_last for the fused step, contiguous as usual for the plain one.
         """
-        source = self._images.device
-        index = torch.from_numpy(self.order.index(step))
-        flip = None
-        if self._config.flip:
-            random = np.random.default_rng((self._flip_seed, step))
-            flip = torch.from_numpy(random.random(self._config.batch_size) < 0.5)
-        if source.type == "cuda":
-            index = index.pin_memory().to(source, non_blocking=True)
-            flip = flip if flip is None else flip.pin_memory().to(source, non_blocking=True)
-        real = image_batch(self._images, index, flip=flip).to(self._device, non_blocking=True)
+        if self.resident:
+            index, flip = self.chosen(step)
+        else:
+            index = torch.from_numpy(self.order.index(step))
+            flip = torch.from_numpy(self._mirrored(step)) if self._config.flip else None
+        real = image_batch(self._images, index, flip=flip)
+        if not self.resident:
+            real = self._uploaded(real)
         return real if self._config.fused else real.contiguous()
 
     def latent(self) -> Tensor:
@@ -222,7 +264,7 @@ class Training:
         self.step = 0
         self.saved = 0
         self.seconds = 0.0
-        self.sums = torch.zeros(len(NUMBERS), device=device)
+        self.sums = networks.step.totals = torch.zeros(len(NUMBERS), device=device)
         self.count = 0
         self._tick = self._last_log = time.perf_counter()
         self._events: SummaryWriter | None = None
@@ -282,8 +324,7 @@ class Training:
         try:
             stopping = False
             while self.step < self.total and not stopping:
-                real, z = self.batches.real(self.step), self.batches.latent()
-                self.sums += torch.stack(self.networks.step(real, z))
+                self.batches.update(self.networks, self.step)
                 self.count += 1
                 self.step += 1
                 progress.advance()

@@ -361,13 +361,33 @@ def test_nothing_in_the_loop_waits_for_the_gpu() -> None:
     device = torch.device("cuda")
     networks = Networks(config, 32, 1, device)
     batches = Batches(config, data.load("fashion-mnist"), device)
-    sums = torch.zeros(5, device=device)
-    for step in range(30):
-        if step == 20:
-            torch.cuda.set_sync_debug_mode("error")
-        sums += torch.stack(networks.step(batches.real(step), batches.latent()))
-    torch.cuda.set_sync_debug_mode("default")
-    assert bool(sums.isfinite().all())
+    networks.step.totals = torch.zeros(5, device=device)
+    assert batches.resident
+    try:
+        for step in range(30):
+            if step == 20:
+                torch.cuda.set_sync_debug_mode("error")
+            batches.update(networks, step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(networks.step.totals.isfinite().all())
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_images_that_stay_on_the_device_are_the_same_batches(flip: bool) -> None:
+    config = Config(batch_size=16, nz=8, ngf=8, ndf=8, fused=True, flip=flip)
+    images = data.load("fake", image_size=16)
+    states = []
+    for resident in (False, True):
+        networks = Networks(config, 16, images.channels, torch.device("cpu"))
+        networks.step.totals = torch.zeros(5)
+        batches = Batches(config, images, torch.device("cpu"))
+        batches.resident = resident
+        # The second is in another epoch.
+        for step in (0, batches.order.steps_per_epoch + 1):
+            batches.update(networks, step)
+        states.append([*networks.G.state_dict().values(), networks.step.totals])
+    assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
 
 
 def test_the_version_is_kept(finished: Path) -> None:

@@ -40,8 +40,12 @@ def gan_loss_ref(logits: Tensor, terms: tuple[Term, ...]) -> tuple[Tensor, Tenso
     loss = x.new_zeros(())
     probabilities = []
     for part, term in zip(x.split([t.size for t in terms]), terms, strict=True):
-        target = torch.as_tensor(term.target, dtype=x.dtype, device=x.device)
-        loss = loss + term.weight * F.binary_cross_entropy_with_logits(part, target.expand_as(part))
+        # Filled on the device: a number that is copied there would be waited for.
+        target = term.target
+        if not isinstance(target, Tensor):
+            target = torch.full_like(part, target)
+        target = target.to(x).expand_as(part)
+        loss = loss + term.weight * F.binary_cross_entropy_with_logits(part, target)
         probabilities.append(torch.sigmoid(part).mean())
     return loss, torch.stack(probabilities).detach()
 
