@@ -417,7 +417,7 @@ def test_what_is_right_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
             raise CheckFailed("pygan bf16 is wrong")
 
     monkeypatch.setattr(bench_train_step, "_right", set())
-    monkeypatch.setattr(bench_train_step, "_require_right", note)
+    monkeypatch.setattr(bench_train_step, "require_right_steps", note)
     plain, large = STEP_CASES["dcgan64"], STEP_CASES["dcgan64-batch512"]
     plain.check(CPU, [plain.side("eager-fp32"), plain.side("pygan-fp32")])
     for _ in range(2):
