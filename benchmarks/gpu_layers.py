@@ -25,6 +25,7 @@ from benchmarks.correct import (
     WEIGHT_GRADIENT_FACTOR,
     relative_error,
     require_right,
+    without_search,
 )
 from benchmarks.gpu_records import Part
 from benchmarks.gpu_replay import Replay
@@ -120,8 +121,7 @@ def _exact(shape: Shape, device: torch.device) -> tuple[Problem, Tensor, float]:
     """Data, the float64 result of `_seen` of them, and the error of cuDNN."""
     problem = shape.problem(device, seed=1)
     exact = Problem(*(each.double() for each in _seen(shape, problem)))
-    # cuDNN's search for the fastest would take longer than the convolution.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+    with without_search():
         truth = torch_pass(shape.conv_pass, exact, torch.channels_last)()
     return problem, truth, relative_error([_result(shape, cudnn, problem)], [truth])
 

@@ -56,9 +56,11 @@ def read(path: Path) -> Iterator[Record]:
         return
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict):
+            yield record
 
 
 def parser(prog: str, description: str) -> cli.Parser:

@@ -187,7 +187,7 @@ def steps_page(result: Record) -> list[str]:
         "",
         "Each side was checked against float64, then timed in turn with the others of its process; "
         f"pygan is in every one. × is how many times as fast `{ANCHOR}` is, within each round, "
-        "with the interval of the median. cudnn.benchmark is on for all, and float32 convolutions use "
+        "with the interval of the median. cudnn.benchmark is on for all, float32 convolutions use "
         "TF32, as torch does by itself. Shares are of the measured peak.",
         "",
     ]

@@ -22,6 +22,7 @@ from benchmarks.correct import (
     CheckFailed,
     relative_error,
     require_right,
+    without_search,
 )
 from benchmarks.steps import Adam, EagerStep, Losses, Networks, Writing, networks
 
@@ -152,8 +153,7 @@ def require_same_updates(
     device = data[0][0].device
     exact = networks(models, device, dtype=torch.float64, adam=CHECK_ADAM)
     exact_data = [(real.double(), z.double()) for real, z in data]
-    # cuDNN's search for the fastest would take longer than the steps.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+    with without_search():
         history = list(updates(Stepper(exact, EagerStep(exact, nz, Writing()).step), exact_data))
     states, truth = [state for state, _ in history], [update for _, update in history]
 
