@@ -22,7 +22,7 @@ WORKERS = "4"
 class Part(NamedTuple):
     """A process: its command, the seconds it may take, and those without which it is not begun.
 
-    ``measures`` parts take ``--out --name --device --seconds`` and write records. ``missing`` is
+    ``measures`` parts take ``--out --name --device --until`` and write records. ``missing`` is
     why it cannot run, or None. ``harmless`` exit statuses are no failures.
     """
 
@@ -71,7 +71,11 @@ def _tests(folder: Path, dry_run: bool) -> Part:
 def _sanitize(dry_run: bool) -> Part:
     found = program("compute-sanitizer", SANITIZER)
     short_pass = _module("benchmarks.gpu_short_pass", "--device", "cpu" if dry_run else "cuda")
-    checker = (found, "--tool", "memcheck", "--error-exitcode", "9") if found else ()
+    checker = (
+        (found, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")
+        if found
+        else ()
+    )
     return Part(
         "sanitize",
         (*checker, *short_pass),

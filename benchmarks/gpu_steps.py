@@ -8,6 +8,7 @@ so that each peer is set against it within one process.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch
 
 from benchmarks import gpu_peers, gpu_records, machine
 from benchmarks.bench_train_step import NZ, Setup, Way, require_right_steps, side_of
+from benchmarks.correct import without_search
 from benchmarks.gpu_records import Part
 from benchmarks.measure import Call, Case, Plan, Samples, Side, describe, interleave, warm_up
 
@@ -29,6 +31,7 @@ CASES = {
 }
 TINY = Setup((1, 16, 16), batch=4, width=8)
 ROUNDS, STEPS = 5, 200
+USABLE = 0.8
 # pygan captures its graph in the fourth step; the last ones are replays.
 CHECK_STEPS = 5
 CHECK_BATCH = 16
@@ -43,15 +46,17 @@ def _checked(part: Part, setup: Setup, way: Way, family: str) -> str | None:
         # What takes long to compile is checked at the size at which it is timed.
         batch = CHECK_BATCH if family == "eager" or way.name == gpu_peers.ANCHOR else setup.batch
         steps = 2 if part.tiny else CHECK_STEPS
-        require_right_steps(setup, part.device, [way], min(batch, setup.batch), steps)
+        # What is timed at another size is searched for there.
+        with without_search() if batch != setup.batch else contextlib.nullcontext():
+            require_right_steps(setup, part.device, [way], min(batch, setup.batch), steps)
     except Exception as error:
         return str(error) or type(error).__name__
     return None
 
 
 def _fitting(once: Sequence[float], rounds: int, seconds: float) -> list[int]:
-    """Steps a round of each side, given the seconds of one, so that all rounds fit."""
-    share = max(seconds, 0.0) / (len(once) * rounds)
+    """Steps a round of each side, given the seconds of its fastest, so that all rounds fit."""
+    share = USABLE * max(seconds, 0.0) / (len(once) * rounds)
     return [max(1, min(STEPS, int(share / each))) for each in once]
 
 

@@ -10,9 +10,10 @@ holds, complete after every part:
 - ``layers.md``, ``steps.md`` and ``summary.md``, with the targets reached and missed;
 - ``tests.xml``, and ``log.txt`` with what the parts printed.
 
-``--only tests,layers,steps-dcgan64-128`` chooses parts by the beginnings of their names. Without a
-GPU it says so and exits with status 2; ``--dry-run`` goes the whole course on a CPU, with sizes of
-no interest. The exit status is 1 where a part failed.
+``--only tests,layers,steps-dcgan64-128`` chooses parts by the beginnings of their names, for
+another run where one was too short; ``--add OTHER/results.json`` has the tables show that one's
+too. Without a GPU it says so and exits with status 2; ``--dry-run`` goes the whole course on a CPU,
+with sizes of no interest. The exit status is 1 where a part failed.
 """
 
 from __future__ import annotations
@@ -57,8 +58,16 @@ class Outcome(NamedTuple):
 class Suite:
     """The parts, one after another, and their results in ``folder``."""
 
-    def __init__(self, folder: Path, command: str, minutes: float, dry_run: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        command: str,
+        minutes: float,
+        dry_run: bool,
+        earlier: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.folder, self.command, self.dry_run = folder, command, dry_run
+        self.earlier = earlier
         self.deadline = time.monotonic() + 60 * minutes - RESERVE
         self.started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         self.outcomes: list[Outcome] = []
@@ -95,9 +104,8 @@ class Suite:
         command = list(part.command)
         if part.measures:
             # It ends by itself a little earlier, with what it has.
-            seconds = max(limit - GRACE, 1.0)
             command += ["--out", str(self.folder / RECORDS), "--name", part.name]
-            command += ["--seconds", f"{seconds:.0f}"]
+            command += ["--until", f"{time.time() + limit - GRACE:.0f}"]
             command += ["--device", "cpu", "--tiny"] if self.dry_run else ["--device", "cuda"]
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, **dict(part.environment), "PYTHONUNBUFFERED": "1"}
@@ -131,9 +139,21 @@ class Suite:
             "records": records,
         }
         texts = {"results.json": json.dumps(result, indent=1)}
-        texts |= {f"{name}.md": text for name, text in gpu_tables.pages(result).items()}
+        shown = gpu_tables.joined([*self.earlier, result])
+        texts |= {f"{name}.md": text for name, text in gpu_tables.pages(shown).items()}
         for name, text in texts.items():
             replace_file(self.folder / name, f"{text}\n".encode())
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not result["records"]:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        advice = "give a results.json that this command wrote"
+        raise UserError(f"{path} holds no results; {advice}") from None
+    return result
 
 
 def _versions() -> dict[str, str | None]:
@@ -184,6 +204,9 @@ def _suite(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--only", metavar="PARTS", help="such as tests,layers,steps-dcgan64-128")
     minutes = cli.real_number(0, open_low=True)
     parser.add_argument("--minutes", type=minutes, default=9.0, help="for all of it, default 9")
+    parser.add_argument(
+        "--add", type=Path, action="append", metavar="results.json", help="of an earlier run"
+    )
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, sizes of no interest")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
@@ -196,11 +219,13 @@ def _suite(arguments: Sequence[str] | None) -> int:
         raise UserError(f"--only {options.only} names no part; there are {names}")
     if (folder / RECORDS).exists():
         raise UserError(f"{options.out} holds results already; give a new folder")
+    earlier_results = [_load(path) for path in options.add or ()]
     folder.mkdir(parents=True, exist_ok=True)
     words = sys.argv[1:] if arguments is None else arguments
     # A path of this machine is nobody's business.
     shown = [Path(word).name if Path(word).is_absolute() else word for word in words]
-    suite = Suite(folder, shlex.join([*PROG.split(), *shown]), options.minutes, options.dry_run)
+    command = shlex.join([*PROG.split(), *shown])
+    suite = Suite(folder, command, options.minutes, options.dry_run, earlier_results)
     with _terminable():
         try:
             suite.run(chosen)

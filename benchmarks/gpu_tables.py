@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from benchmarks.device_peaks import Peaks
 from benchmarks.gpu_peers import ANCHOR, BY_HAND_GRAPH
+from benchmarks.step_model import NETWORKS, kernels, predict
 from benchmarks.summary import markdown_table
 
 Record = dict[str, Any]
@@ -78,6 +80,28 @@ def tests(path: Path) -> dict[str, Any] | None:
                 found[kind].append(f"{case.get('classname')}::{case.get('name')}")
     passed = len(cases) - sum(map(len, found.values()))
     return {"passed": passed, "skipped": len(found["skipped"]), "failed": found["failed"]}
+
+
+def joined(results: Sequence[Record]) -> Record:
+    """Several runs as one; of a part that ran in several, what the last of them found.
+
+    Conditions, versions and date are the last run's, and the commands of all are kept.
+    """
+    last = {part["part"]: i for i, result in enumerate(results) for part in result["parts"]
+            if part["state"] != "left out"}  # fmt: skip
+    records, parts = [], []
+    for i, result in enumerate(results):
+        records += [each for each in result["records"] if last.get(each["part"], i) == i]
+        parts += [each for each in result["parts"] if last.get(each["part"], i) == i]
+    return {
+        **results[-1],
+        "conditions": next((r["conditions"] for r in results[::-1] if r["conditions"]), None),
+        "peaks": best_peaks([{"peaks": result["peaks"]} for result in results]),
+        "command": "` and `".join(result["command"] for result in results),
+        "tests": next((r["tests"] for r in results[::-1] if r["tests"]), None),
+        "parts": parts,
+        "records": records,
+    }
 
 
 def _of(result: Record, kind: str) -> list[Record]:
@@ -263,11 +287,30 @@ def target_rows(result: Record) -> Iterator[list[str]]:
     yield [ABSOLUTE.case, "absolute", *wanted, f"{took:.3f} ms", verdict]
 
 
+def model_rows(result: Record) -> Iterator[list[str]]:
+    """What the model of the step (`benchmarks.step_model`) says at the measured peaks."""
+    at = result["peaks"]
+    for case, records in _steps(result).items():
+        took = [anchor["milliseconds"] for anchor in _anchors(records).values()]
+        network, _, batch = case.partition("-")
+        if not took or network not in NETWORKS:
+            continue
+        peaks = Peaks("", at["gflops_bf16"] / 1e3, at["gb_per_s"] / 1e3, "")
+        found = kernels(network, int(batch))
+        floor, launches = predict(found, peaks).roofs, sum(kernel.launches for kernel in found)
+        best = min(took)
+        yield [case, f"{floor:.3f}", str(launches), f"{best:.3f}", f"{floor / best:.0%}"]
+
+
 def summary_page(result: Record) -> list[str]:
     """Targets, parts and tests."""
     heading = ["case", "against the fastest of", "must", "aim", f"{ANCHOR}", "verdict"]
     lines = ["# pygan on a GPU", "", *_conditions(result), ""]
     lines += [*markdown_table(heading, target_rows(result)), ""]
+    if not result["dry_run"]:
+        heading = ["case", "floor, ms", "launches", f"{ANCHOR}, ms", "floor / measured"]
+        lines += ["The model of the step at the measured peaks, kernel by kernel:", ""]
+        lines += [*markdown_table(heading, model_rows(result)), ""]
     lines += [*markdown_table(["part", "state", "s", "reason"], map(_part, result["parts"])), ""]
     counts = result["tests"]
     if counts is not None:

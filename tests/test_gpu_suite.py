@@ -33,7 +33,7 @@ from benchmarks.gpu_replay import GRAPH, Replay
 from benchmarks.steps import DCGAN_ADAM, Adam
 
 CPU = torch.device("cpu")
-START = {"kind": "start", "conditions": None, "peaks": {"gb_per_s": 1.0}}
+START = {"kind": "start", "part": "hangs", "conditions": None, "peaks": {"gb_per_s": 1.0}}
 
 
 def _run(main: Any, path: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -145,7 +145,7 @@ def test_what_was_checked_compiled_is_what_is_timed(monkeypatch: pytest.MonkeyPa
 
 
 def test_steps_fit_into_the_time() -> None:
-    assert gpu_steps._fitting([0.001, 0.01], rounds=5, seconds=10.0) == [200, 100]
+    assert gpu_steps._fitting([0.001, 0.01], rounds=5, seconds=10.0) == [200, 80]
     assert gpu_steps._fitting([0.001, 0.01], rounds=5, seconds=-1.0) == [1, 1]
 
 
@@ -276,6 +276,11 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "norm_act" in (folder / "layers.md").read_text()
     assert gpu_suite.main(arguments) == 2
     assert "holds results already" in capsys.readouterr().err
+    again = ["--out", str(tmp_path / "more"), "--dry-run", "--only", "build"]
+    assert gpu_suite.main([*again, "--add", str(folder / "results.json")]) == 0
+    assert "norm_act" in (tmp_path / "more" / "layers.md").read_text()
+    assert gpu_suite.main([*again, "--add", str(tmp_path / "none.json")]) == 2
+    assert "holds no results" in capsys.readouterr().err
 
 
 def test_without_a_gpu(
@@ -338,6 +343,33 @@ def test_targets() -> None:
     assert found["dcgan64-128", "torch.compile with AMP"] == ["–", "not measured"]
     assert found["dcgan64-128", "absolute"] == ["1.000 ms", "met"]
     assert found["dcgan32-128", "JAX"] == ["–", "not measured"]
+
+
+def test_runs_are_joined() -> None:
+    def run(command: str, records: Any, *states: tuple[str, str]) -> Any:
+        return {
+            "command": command, "conditions": {"device": command}, "peaks": {"gb_per_s": 1.0},
+            "tests": None, "records": records, "dry_run": False,
+            "parts": [{"part": part, "state": state} for part, state in states],
+        }  # fmt: skip
+
+    old = [_step("a", "x", 1.0), _step("b", "x", 2.0)]
+    new = [_step("b", "x", 3.0)]
+    first = run("one", old, ("a", "done"), ("b", "stopped"), ("c", "left out"))
+    second = run("two", new, ("b", "done"), ("a", "left out"))
+    found = gpu_tables.joined([first, second])
+    assert found["records"] == [old[0], new[0]]
+    assert [(part["part"], part["state"]) for part in found["parts"]] == [
+        ("a", "done"), ("c", "left out"), ("b", "done"),
+    ]  # fmt: skip
+    assert found["command"] == "one` and `two" and found["conditions"]["device"] == "two"
+
+
+def test_model_beside_the_measurement() -> None:
+    peaks = {"gflops_bf16": 788e3, "gb_per_s": 4300.0}
+    records = [_step("s-eager", gpu_peers.ANCHOR, 1.0)]
+    (row,) = gpu_tables.model_rows({"records": records, "peaks": peaks})
+    assert row == ["dcgan64-128", "0.574", "76", "1.000", "57%"]
 
 
 def test_tests_are_counted(tmp_path: Path) -> None:
