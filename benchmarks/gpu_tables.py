@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.device_peaks import Peaks
-from benchmarks.gpu_peers import ANCHOR, BY_HAND_GRAPH
-from benchmarks.step_model import NETWORKS, kernels, predict
+from benchmarks.gpu_peers import ANCHOR
+from benchmarks.gpu_targets import (
+    NO_ROW,
+    against,
+    model_rows,
+    ratio_text,
+    steps_by_case,
+    target_rows,
+)
 from benchmarks.summary import markdown_table
 
 Record = dict[str, Any]
 LAUNCHED = "launched one by one"
-NO_ROW = "–"
-
-
-class Target(NamedTuple):
-    """pygan in bfloat16 is to be ``must`` and better ``aim`` times as fast as the fastest side
-    whose name fits the pattern ``peers``."""
-
-    case: str
-    what: str
-    peers: str
-    must: float
-    aim: float
-
-
-class Milliseconds(NamedTuple):
-    """A step of pygan is to take at most so many."""
-
-    case: str
-    must: float
-    aim: float
-
-
-_PEERS = {
-    "eager fp32 (TF32 convolutions)": "eager fp32",
-    "eager with AMP": "eager bf16*",
-    "torch.compile with AMP": "torch.compile*",
-    "JAX": "JAX*",
-}
-_TIMES = {
-    "dcgan64-128": ((3.8, 5.2), (3.0, 4.2), (1.75, 2.4), (1.6, 2.2)),
-    "dcgan64-1024": ((4.0, 5.4), (1.9, 2.6), (1.7, 2.3), (1.6, 2.2)),
-    "dcgan32-128": ((9.0, 12.0), (11.0, 16.0), (4.9, 6.7), (2.2, 3.0)),
-}
-TARGETS = tuple(
-    Target(case, what, peers, must, aim)
-    for case, limits in _TIMES.items()
-    for (what, peers), (must, aim) in zip(_PEERS.items(), limits, strict=True)
-)
-ABSOLUTE = Milliseconds("dcgan64-128", must=1.11, aim=0.82)
 
 
 def best_peaks(starts: Iterable[Record]) -> dict[str, float]:
@@ -108,12 +74,6 @@ def _of(result: Record, kind: str) -> list[Record]:
     return [record for record in result["records"] if record["kind"] == kind]
 
 
-def _ratio(ratio: Record | None) -> str:
-    if ratio is None:
-        return NO_ROW
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
-
-
 def _conditions(result: Record) -> list[str]:
     where, peaks = result["conditions"], result["peaks"]
     if where is None:
@@ -155,7 +115,7 @@ def layers_page(result: Record) -> list[str]:
             continue
         flops, share = record["tflop_per_s"], record["share_of_peak_flops"]
         cells += [_time(record), f"{flops:.1f} ({share:.0%})", _bandwidth(record)]
-        rows.append([*cells, _ratio(record.get("ratio"))])
+        rows.append([*cells, ratio_text(record.get("ratio"))])
     heading = ["network", "layer", "pass", "batch", "side", "µs", "TFLOP/s", "GB/s", "× cuDNN"]
     lines += [*markdown_table(heading, rows), ""] if rows else []
     rows = []
@@ -164,7 +124,7 @@ def layers_page(result: Record) -> list[str]:
         if "missing" in record:
             reasons.append(f"- {' '.join(cells)}: {record['missing']}")
             continue
-        rows.append([*cells, _time(record), _bandwidth(record), _ratio(record.get("ratio"))])
+        rows.append([*cells, _time(record), _bandwidth(record), ratio_text(record.get("ratio"))])
     heading = ["case", "side", "µs", "GB/s", "× torch"]
     lines += [*markdown_table(heading, rows), ""] if rows else []
     if reasons:
@@ -182,26 +142,6 @@ def _bandwidth(record: Record) -> str:
     return f"{record['gb_per_s']:,.0f} ({record['share_of_peak_bandwidth']:.0%})"
 
 
-def _steps(result: Record) -> dict[str, list[Record]]:
-    """Of each case, in the order in which the cases came."""
-    found: dict[str, list[Record]] = {}
-    for record in _of(result, "step"):
-        found.setdefault(record["case"], []).append(record)
-    return found
-
-
-def _anchors(records: Sequence[Record]) -> dict[str, Record]:
-    """pygan's record in each process."""
-    timed = [record for record in records if "missing" not in record]
-    return {record["part"]: record for record in timed if record["side"] == ANCHOR}
-
-
-def against(records: Sequence[Record], peer: Record) -> Record | None:
-    """pygan's speed against a peer, from the process in which both were timed."""
-    anchor = _anchors(records).get(peer["part"])
-    return None if anchor is None else anchor["ratios"].get(peer["side"])
-
-
 def steps_page(result: Record) -> list[str]:
     """A table for each case."""
     lines = [
@@ -216,7 +156,7 @@ def steps_page(result: Record) -> list[str]:
         "",
     ]
     energy = {(r["part"], r["case"], r["side"]): r for r in _of(result, "energy")}
-    for case, records in _steps(result).items():
+    for case, records in steps_by_case(result).items():
         lines += [f"## {case}", ""]
         rows, reasons = [], []
         for record in records:
@@ -224,7 +164,7 @@ def steps_page(result: Record) -> list[str]:
                 reasons.append(f"- {record['side']}: {record['missing']}")
                 continue
             used = energy.get((record["part"], case, record["side"]))
-            rows.append([*_step_cells(record, used), _ratio(against(records, record))])
+            rows.append([*_step_cells(record, used), ratio_text(against(records, record))])
         heading = ["side", "ms", "n", "images/s (quartiles)", "TFLOP/s", "MiB", "images/J", "W"]
         lines += [*markdown_table([*heading, "SM MHz", f"× {ANCHOR}"], rows), ""] if rows else []
         lines += ["Without a number:", "", *dict.fromkeys(reasons), ""] if reasons else []
@@ -248,58 +188,6 @@ def _step_cells(record: Record, used: Record | None) -> list[str]:
         NO_ROW if memory is None else f"{memory / 2**20:,.0f}",
         *told,
     ]
-
-
-def _verdict(reached: float, must: float, aim: float) -> str:
-    return "aim reached" if reached >= aim else "met" if reached >= must else "missed"
-
-
-def target_rows(result: Record) -> Iterator[list[str]]:
-    """What was wanted, and what was measured."""
-    steps = _steps(result)
-    for target in TARGETS:
-        records = steps.get(target.case, [])
-        peers = [
-            record
-            for record in records
-            if "missing" not in record
-            and fnmatchcase(record["side"], target.peers)
-            and record["side"] != BY_HAND_GRAPH
-        ]
-        wanted = [f"{target.must:g}x", f"{target.aim:g}x"]
-        peer = min(peers, key=lambda record: record["milliseconds"], default=None)
-        ratio = None if peer is None else against(records, peer)
-        if peer is None or ratio is None:
-            yield [target.case, target.what, *wanted, NO_ROW, "not measured"]
-            continue
-        verdict = _verdict(ratio["median"], target.must, target.aim)
-        what = f"{target.what}: {peer['side']}"
-        yield [target.case, what, *wanted, _ratio(ratio), verdict]
-    anchors = _anchors(steps.get(ABSOLUTE.case, []))
-    wanted = [f"{ABSOLUTE.must:g} ms", f"{ABSOLUTE.aim:g} ms"]
-    if not anchors:
-        yield [ABSOLUTE.case, "absolute", *wanted, NO_ROW, "not measured"]
-        return
-    # The one beside the eager peers, where it was timed.
-    parts = sorted(anchors, key=lambda name: not name.endswith("-eager"))
-    took = anchors[parts[0]]["milliseconds"]
-    verdict = _verdict(-took, -ABSOLUTE.must, -ABSOLUTE.aim)
-    yield [ABSOLUTE.case, "absolute", *wanted, f"{took:.3f} ms", verdict]
-
-
-def model_rows(result: Record) -> Iterator[list[str]]:
-    """What the model of the step (`benchmarks.step_model`) says at the measured peaks."""
-    at = result["peaks"]
-    for case, records in _steps(result).items():
-        took = [anchor["milliseconds"] for anchor in _anchors(records).values()]
-        network, _, batch = case.partition("-")
-        if not took or network not in NETWORKS:
-            continue
-        peaks = Peaks("", at["gflops_bf16"] / 1e3, at["gb_per_s"] / 1e3, "")
-        found = kernels(network, int(batch))
-        floor, launches = predict(found, peaks).roofs, sum(kernel.launches for kernel in found)
-        best = min(took)
-        yield [case, f"{floor:.3f}", str(launches), f"{best:.3f}", f"{floor / best:.0%}"]
 
 
 def summary_page(result: Record) -> list[str]:

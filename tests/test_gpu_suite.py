@@ -25,6 +25,7 @@ from benchmarks import (
     gpu_steps,
     gpu_suite,
     gpu_tables,
+    gpu_targets,
 )
 from benchmarks.bench_train_step import NZ, Setup, Way, require_right_steps, side_of
 from benchmarks.correct import CheckFailed
@@ -333,7 +334,7 @@ def test_targets() -> None:
         _step("s-jax", ours, 1.2, {"JAX jit bf16, dilated": 1.5}),
         {**_step("s-c", "torch.compile default bf16", 1.0), "missing": "it failed"},
     ]
-    rows = list(gpu_tables.target_rows({"records": records}))
+    rows = list(gpu_targets.target_rows({"records": records}))
     found = {(row[0], row[1].partition(":")[0]): row[4:] for row in rows}
     assert len(found) == 13
     eager = "eager fp32 (TF32 convolutions)"
@@ -368,7 +369,7 @@ def test_runs_are_joined() -> None:
 def test_model_beside_the_measurement() -> None:
     peaks = {"gflops_bf16": 788e3, "gb_per_s": 4300.0}
     records = [_step("s-eager", gpu_peers.ANCHOR, 1.0)]
-    (row,) = gpu_tables.model_rows({"records": records, "peaks": peaks})
+    (row,) = gpu_targets.model_rows({"records": records, "peaks": peaks})
     assert row == ["dcgan64-128", "0.574", "76", "1.000", "57%"]
 
 
