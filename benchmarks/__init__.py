@@ -1,6 +1,8 @@
 """Benchmarks of pygan against PyTorch as people write it and as experts tune it.
 
 ``pytest benchmarks --benchmark-only`` measures; ``python -m benchmarks.report`` makes the tables.
+``python -m benchmarks.gpu_suite --out DIR`` does all that an NVIDIA GPU is needed for, and
+``python -m benchmarks.step_model`` says how long a step must take there.
 The protocol:
 
 - All sides of a case are timed in turn, A B C A B C, in one process after a warm-up, and a ratio

@@ -144,7 +144,8 @@ def _side(name: str, loss: str, shape: tuple[int, ...], precision: str) -> Side:
     )
 
 
-def _case(loss: str, shape: tuple[int, ...], precision: str) -> Case:
+def case_of(loss: str, shape: tuple[int, ...], precision: str) -> Case:
+    """All ways on logits of a shape."""
     what = f"patch{shape[-2]}x{shape[-1]}" if len(shape) == 4 else "scalar"
     return Case(
         name=f"gan_{loss}-{what}-{precision}",
@@ -159,7 +160,7 @@ CASES = {
     case.name: case
     for loss in WAYS
     for shape in ((BATCH,), (BATCH, 1, 30, 30))
-    for case in (_case(loss, shape, "fp32"), _case(loss, shape, "bf16"))
+    for case in (case_of(loss, shape, "fp32"), case_of(loss, shape, "bf16"))
 }
 
 

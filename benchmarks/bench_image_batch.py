@@ -69,22 +69,23 @@ WAYS: dict[str, Way] = {
 
 
 @functools.lru_cache(maxsize=1)
-def _batch(shape: tuple[int, int, int, int], device: torch.device) -> Batch:
+def _batch(shape: tuple[int, int, int, int], size: int, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    index = torch.randperm(shape[0], generator=generator)[:BATCH]
-    flip = torch.rand(BATCH, generator=generator) < 0.5
+    index = torch.randperm(shape[0], generator=generator)[:size]
+    flip = torch.rand(size, generator=generator) < 0.5
     return Batch(*(each.to(device) for each in (images, index, flip)))
 
 
 def check(
     shape: tuple[int, int, int, int],
+    size: int,
     precision: str,
     device: torch.device,
     sides: Sequence[Side],
 ) -> None:
     """Every pixel against float64."""
-    batch = _batch(shape, device)
+    batch = _batch(shape, size, device)
     exact = batch.images[batch.chosen].double() / 127.5 - 1
     exact[batch.flip] = exact[batch.flip].flip(2)
     exact = exact.permute(0, 3, 1, 2)
@@ -94,13 +95,13 @@ def check(
         require_right(side.name, precision, {"batch": relative_error([made], [exact])}, plain)
 
 
-def _side(name: str, shape: tuple[int, int, int, int], precision: str) -> Side:
+def _side(name: str, shape: tuple[int, int, int, int], size: int, precision: str) -> Side:
     dtype = DTYPE[precision]
 
     def build(device: torch.device) -> Call:
-        return WAYS[name](_batch(shape, device), dtype)
+        return WAYS[name](_batch(shape, size, device), dtype)
 
-    elements = BATCH * torch.Size(shape[1:]).numel()
+    elements = size * torch.Size(shape[1:]).numel()
     return Side(
         name=name,
         precision=precision,
@@ -110,21 +111,22 @@ def _side(name: str, shape: tuple[int, int, int, int], precision: str) -> Side:
     )
 
 
-def _case(shape: tuple[int, int, int, int], precision: str) -> Case:
+def case_of(shape: tuple[int, int, int, int], precision: str, size: int = BATCH) -> Case:
+    """All ways to batches of ``size`` out of images of ``shape``."""
     n, height, width, channels = shape
     return Case(
         name=f"image_batch-{channels}x{height}x{width}-{precision}",
-        about=f"{BATCH} of {n:,} uint8 images, half of them flipped, to {precision}",
-        images=BATCH,
-        sides=tuple(_side(name, shape, precision) for name in WAYS),
-        check=functools.partial(check, shape, precision),
+        about=f"{size} of {n:,} uint8 images, half of them flipped, to {precision}",
+        images=size,
+        sides=tuple(_side(name, shape, size, precision) for name in WAYS),
+        check=functools.partial(check, shape, size, precision),
     )
 
 
 CASES = {
     case.name: case
     for shape in ((10_000, 32, 32, 1), (4_000, 64, 64, 3))
-    for case in (_case(shape, "fp32"), _case(shape, "bf16"))
+    for case in (case_of(shape, "fp32"), case_of(shape, "bf16"))
 }
 
 

@@ -31,10 +31,11 @@ class Layer(NamedTuple):
     size: int
     activation: str
     groups: int
+    batch: int = BATCH
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return (BATCH * self.groups, self.channels, self.size, self.size)
+        return (self.batch * self.groups, self.channels, self.size, self.size)
 
 
 LAYERS = (
@@ -194,7 +195,8 @@ def _side(name: str, layer: Layer, precision: str) -> Side:
     )
 
 
-def _case(layer: Layer, precision: str) -> Case:
+def case_of(layer: Layer, precision: str) -> Case:
+    """All ways on a layer."""
     shape = f"{layer.channels}x{layer.size}x{layer.size}"
     groups = f" in {layer.groups} groups" if layer.groups > 1 else ""
     return Case(
@@ -208,7 +210,7 @@ def _case(layer: Layer, precision: str) -> Case:
 
 
 CASES = {
-    case.name: case for layer in LAYERS for case in (_case(layer, "fp32"), _case(layer, "bf16"))
+    case.name: case for layer in LAYERS for case in (case_of(layer, "fp32"), case_of(layer, "bf16"))
 }
 
 

@@ -45,7 +45,7 @@ def eager(writing: Writing) -> Build:
     return build
 
 
-def pygan_step(amp: str, *, kernels: bool = True) -> Build:
+def pygan_step(amp: str, *, kernels: bool = True, graph: str = "auto") -> Build:
     """pygan's step; without ``kernels`` the networks stay unfused, which leaves the algorithm."""
 
     def build(models: Models, device: torch.device, adam: Adam) -> Stepper:
@@ -54,7 +54,7 @@ def pygan_step(amp: str, *, kernels: bool = True) -> Build:
             pygan.fuse(nets.generator)
             pygan.fuse(nets.discriminator)
         step = pygan.AdversarialStep(
-            nets.generator, nets.discriminator, nets.opt_g, nets.opt_d, amp=amp
+            nets.generator, nets.discriminator, nets.opt_g, nets.opt_d, amp=amp, graph=graph
         )
         return Stepper(nets, step)
 
@@ -136,34 +136,47 @@ def check(setup: Setup, device: torch.device, sides: Sequence[Side]) -> None:
     """Every side makes the updates that float64 makes, on the same data."""
     keys = {(setup.image, setup.width, device, side.name): side for side in sides}
     if new := [side for key, side in keys.items() if key not in _right]:
-        _require_right(setup, device, new)
+        names = {side.name for side in new}
+        require_right_steps(setup, device, [way for way in WAYS if way.name in names])
         _right.update(keys)
 
 
-def _require_right(setup: Setup, device: torch.device, sides: Sequence[Side]) -> None:
+def require_right_steps(
+    setup: Setup,
+    device: torch.device,
+    ways: Sequence[Way],
+    batch: int = CHECK_BATCH,
+    steps: int = CHECK_STEPS,
+) -> None:
+    """Every way makes the updates that float64 makes, on ``steps`` batches of ``batch`` images.
+
+    Raises:
+        CheckFailed: one does not.
+    """
     torch.manual_seed(0)
     models = setup.models()
     generator = torch.Generator().manual_seed(1)
     data = [
         (
-            setup.real(CHECK_BATCH, generator).to(device),
-            torch.randn(CHECK_BATCH, NZ, 1, 1, generator=generator).to(device),
+            setup.real(batch, generator).to(device),
+            torch.randn(batch, NZ, 1, 1, generator=generator).to(device),
         )
-        for _ in range(CHECK_STEPS)
+        for _ in range(steps)
     ]
-    builds = {way.name: (way.precision, way.build) for way in WAYS}
-    chosen = {side.name: builds[side.name] for side in sides}
+    chosen = {way.name: (way.precision, way.build) for way in ways}
     # D's last map is 4x4; its channels double from `width` at half the image's size.
-    smallest = CHECK_BATCH * 16 * (setup.image[1] * setup.width // 8)
+    smallest = batch * 16 * (setup.image[1] * setup.width // 8)
     require_same_updates(models, chosen, PLAIN, data, NZ, smallest)
 
 
-def _side(way: Way, setup: Setup, full_only: bool) -> Side:
+def side_of(way: Way, setup: Setup, *, full_only: bool = False) -> Side:
+    """What is timed of a way: its steps on one batch, latents drawn in each."""
+
     def build(device: torch.device) -> Call:
         torch.manual_seed(0)
         stepper = way.build(setup.models(), device, DCGAN_ADAM)
         real = setup.real(setup.batch, torch.Generator().manual_seed(2)).to(device)
-        return lambda: stepper.step(real)
+        return stepper.timed(real) if stepper.timed else lambda: stepper.step(real)
 
     with torch.device("meta"):
         models = setup.models()
@@ -192,7 +205,7 @@ def _case(
         about=f"whole D+G step, images {shape}, batch {setup.batch}, nz {NZ}{width}",
         images=setup.batch,
         sides=tuple(
-            _side(way, setup, full_only=sides is not None)
+            side_of(way, setup, full_only=sides is not None)
             for way in WAYS
             if sides is None or way.name in sides
         ),

@@ -7,7 +7,8 @@ for the gradient of a convolution's weight), or under a floor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -23,6 +24,18 @@ DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 class CheckFailed(AssertionError):
     """A side computed something else; its case has no numbers."""
+
+
+@contextlib.contextmanager
+def without_search() -> Iterator[None]:
+    """Inside, cuDNN takes the convolution it thinks fastest: to find out in float64 would take
+    longer than the check."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def relative_error(got: Iterable[Tensor], truth: Iterable[Tensor]) -> float:

@@ -15,19 +15,17 @@ import psutil
 import torch
 
 import pygan
+from pygan import power
+from pygan.power import synchronize
 
 GEMM_SIZE = 2048
 COPY_BYTES = 256 * 2**20
 ENERGY_SECONDS = 2.0
+# A GPU is that much faster than a CPU, and a clock reading costs it a wait.
+GPU_GEMM, GPU_COPY, GPU_CALLS = 4, 8, 5
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for ``device``; a CPU has nothing queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _cpu_name() -> str:
@@ -69,13 +67,14 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 def _fastest(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     work()
-    best = float("inf")
+    best, calls = float("inf"), 1 if device.type == "cpu" else GPU_CALLS
     for _ in range(repeats):
         synchronize(device)
         start = time.perf_counter()
-        work()
+        for _ in range(calls):
+            work()
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, (time.perf_counter() - start) / calls)
     return best
 
 
@@ -86,17 +85,19 @@ def measure_peaks(device: torch.device, repeats: int = 5) -> dict[str, float]:
     The copy counts the bytes read and the bytes written.
     """
     peaks = {}
-    n = GEMM_SIZE if device.type == "cpu" else 4 * GEMM_SIZE
+    on_cpu = device.type == "cpu"
+    n = GEMM_SIZE if on_cpu else GPU_GEMM * GEMM_SIZE
     for name, dtype in (("gflops_fp32", torch.float32), ("gflops_bf16", torch.bfloat16)):
         a = torch.randn(n, n, device=device, dtype=dtype)
         b = torch.randn(n, n, device=device, dtype=dtype)
         made = torch.empty_like(a)
         seconds = _fastest(functools.partial(torch.mm, a, b, out=made), device, repeats)
         peaks[name] = 2e-9 * n**3 / seconds
-    source = torch.ones(COPY_BYTES // 4, device=device)
+    copied = COPY_BYTES if on_cpu else GPU_COPY * COPY_BYTES
+    source = torch.ones(copied // 4, device=device)
     target = torch.empty_like(source)
     seconds = _fastest(lambda: target.copy_(source), device, repeats)
-    peaks["gb_per_s"] = 2e-9 * COPY_BYTES / seconds
+    peaks["gb_per_s"] = 2e-9 * copied / seconds
     return peaks
 
 
@@ -153,31 +154,22 @@ class PeakMemory:
             self.bytes = _status_bytes("VmHWM") - self._start
 
 
-def energy_per_call(work: Callable[[], object], device: torch.device) -> dict[str, float] | None:
-    """Joules a call, mean watts and clock over about two seconds, from NVML; None elsewhere.
+def energy_per_call(
+    work: Callable[[], object], device: torch.device, seconds: float = ENERGY_SECONDS
+) -> dict[str, Any] | None:
+    """Joules a call, mean watts, and clocks and temperature at the end, from NVML; None elsewhere.
 
     Taken apart from the timed rounds: the energy counter moves too rarely for a single round.
     """
     if device.type != "cuda":
         return None
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        synchronize(device)
-        before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        start, calls = time.perf_counter(), 0
-        while time.perf_counter() - start < ENERGY_SECONDS:
+    calls = 0
+    with power.PowerMeter(device) as meter:
+        while time.perf_counter() - meter.started < seconds:
             work()
             synchronize(device)
             calls += 1
-        seconds = time.perf_counter() - start
-        clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
-        joules = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1000.0
-    except pynvml.NVMLError:
+    if meter.joules is None or meter.reading is None:
         return None
-    finally:
-        pynvml.nvmlShutdown()
-    return {"joules": joules / calls, "watts": joules / seconds, "sm_mhz": float(clock)}
+    told = {name: value for name, value in meter.reading._asdict().items() if value is not None}
+    return told | {"joules": meter.joules / calls, "watts": meter.watts}

@@ -23,6 +23,13 @@ def nothing_missing(device: torch.device) -> None:
     """``missing`` of a side that runs everywhere."""
 
 
+def wait(call: Call, device: torch.device) -> None:
+    """Until the work of ``call`` is done. One that queues where torch cannot see it has a ``wait``
+    of its own."""
+    getattr(call, "wait", lambda: None)()
+    machine.synchronize(device)
+
+
 def no_facts() -> dict[str, Any]:
     """``facts`` of a case that has none."""
     return {}
@@ -102,7 +109,7 @@ class Samples:
     iterations: int
     durations: list[float] = field(default_factory=list)
     peak_memory: int | None = None
-    energy: dict[str, float] | None = None
+    energy: dict[str, Any] | None = None
 
     @property
     def seconds(self) -> list[float]:
@@ -115,11 +122,11 @@ def _timed(call: Call, iterations: int, device: torch.device) -> float:
     start = time.perf_counter()
     for _ in range(iterations):
         call()
-    machine.synchronize(device)
+    wait(call, device)
     return time.perf_counter() - start
 
 
-def _warm_up(call: Call, plan: Plan, device: torch.device) -> float:
+def warm_up(call: Call, plan: Plan, device: torch.device) -> float:
     """Warm up, and return the seconds of the fastest call."""
     started, best, calls = time.perf_counter(), math.inf, 0
     while calls < plan.warmup_calls or time.perf_counter() - started < plan.warmup_seconds:
@@ -160,7 +167,7 @@ def measure(
     for side in sides:
         with machine.PeakMemory(device) as memory:
             call = side.build(device)
-            once = _warm_up(call, plan, device)
+            once = warm_up(call, plan, device)
         calls.append(call)
         iterations = max(1, math.ceil(plan.sample_seconds / once))
         samples.append(Samples(iterations, peak_memory=memory.bytes))
@@ -207,11 +214,9 @@ def describe(
         **case.facts(),
     }
     if own.energy:
-        record["energy"] = {
-            "joules_per_image": own.energy["joules"] / case.images,
-            "watts": own.energy["watts"],
-            "sm_mhz": own.energy["sm_mhz"],
-        }
+        joules = own.energy["joules"] / case.images
+        told = {name: value for name, value in own.energy.items() if name != "joules"}
+        record["energy"] = {"joules_per_image": joules, "images_per_joule": 1 / joules, **told}
     return record
 
 

@@ -69,14 +69,22 @@ def networks(
     dtype: torch.dtype = torch.float32,
     adam: Adam = DCGAN_ADAM,
 ) -> Networks:
-    """Copies of ``models`` on ``device`` with their optimizers."""
+    """Copies of ``models`` on ``device`` with their optimizers.
+
+    On a GPU a fused Adam may be part of a CUDA graph.
+    """
     layout = torch.channels_last if channels_last else torch.preserve_format
     generator, discriminator = (
         copy.deepcopy(model).to(device=device, dtype=dtype).to(memory_format=layout)  # type: ignore[call-overload]
         for model in models
     )
     opt_g, opt_d = (
-        torch.optim.Adam(model.parameters(), **adam._asdict(), fused=fused_adam or None)
+        torch.optim.Adam(
+            model.parameters(),
+            **adam._asdict(),
+            fused=fused_adam or None,
+            capturable=fused_adam and device.type == "cuda",
+        )
         for model in (generator, discriminator)
     )
     return Networks(generator, discriminator, opt_g, opt_d)

@@ -44,6 +44,7 @@ from benchmarks.bench_train_step import PLAIN
 from benchmarks.correct import CheckFailed, relative_error, require_right
 from benchmarks.ratio import median_interval, speed_ratio, spread
 from benchmarks.recorded import recorded_time, replay
+from pygan import power
 from pygan.errors import UserError
 from pygan.models import dcgan
 
@@ -351,12 +352,16 @@ def test_energy_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0")
     )
-    monkeypatch.setattr(machine, "synchronize", lambda device: None)
+    for module in (machine, power):
+        monkeypatch.setattr(module, "synchronize", lambda device: None)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    power._gpu.cache_clear()
     # The clock reads 0 at the start, 1 and 2 before the calls... and 3 at the end.
     calls: list[int] = []
-    energy = machine.energy_per_call(lambda: calls.append(1), torch.device("cuda"))
-    assert energy == {"joules": 6.0 / len(calls), "watts": 2.0, "sm_mhz": 1980.0}
+    energy = machine.energy_per_call(lambda: calls.append(1), torch.device("cuda", 0))
+    power._gpu.cache_clear()
+    clocks = {"sm_mhz": 1980.0, "memory_mhz": 1980.0}
+    assert energy == {"joules": 6.0 / len(calls), "watts": 2.0, **clocks}
 
 
 # Checks
@@ -413,7 +418,7 @@ def test_what_is_right_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
             raise CheckFailed("pygan bf16 is wrong")
 
     monkeypatch.setattr(bench_train_step, "_right", set())
-    monkeypatch.setattr(bench_train_step, "_require_right", note)
+    monkeypatch.setattr(bench_train_step, "require_right_steps", note)
     plain, large = STEP_CASES["dcgan64"], STEP_CASES["dcgan64-batch512"]
     plain.check(CPU, [plain.side("eager-fp32"), plain.side("pygan-fp32")])
     for _ in range(2):
