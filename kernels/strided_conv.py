@@ -201,7 +201,7 @@ def up_kernel(
     o_small = ((i_image * height + y) * width + x) * small_channels
     blocks = tl.cdiv(small_channels, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, (4 if PHASES == 1 else 9) * blocks):
+    for step in range((4 if PHASES == 1 else 9) * blocks):
         shift = step // blocks
         a = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
         if PHASES == 1:
@@ -222,9 +222,9 @@ def up_kernel(
         m_weight = m_c
         if PHASES == 4:
             m_weight = m_c & (tap_y >= 0) & (tap_y < 4) & (tap_x >= 0) & (tap_x < 4)
-        o_weight = (a * 16 * big_channels)[:, None] + (
-            (tap_y * 4 + tap_x) * big_channels + b
-        )[None, :]
+        o_weight = (a * 16 * big_channels)[:, None] + ((tap_y * 4 + tap_x) * big_channels + b)[
+            None, :
+        ]
         m_weight = (a < small_channels)[:, None] & m_weight[None, :]
         weight = tl.load(p_weight + o_weight, mask=m_weight, other=0.0)
         acc = tl.dot(small, weight, acc, input_precision=PRECISION)
@@ -280,7 +280,7 @@ def down_kernel(
     o_big = ((i_image * big_height + 2 * y - 1) * big_width + 2 * x - 1) * big_channels
     blocks = tl.cdiv(big_channels, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, tl.cdiv(16 * big_channels, BLOCK_K) if FLAT else 16 * blocks):
+    for step in range(tl.cdiv(16 * big_channels, BLOCK_K) if FLAT else 16 * blocks):
         if FLAT:
             k = step * BLOCK_K + tl.arange(0, BLOCK_K)
             b = k % big_channels

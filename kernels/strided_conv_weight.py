@@ -116,7 +116,7 @@ def weight_kernel(
     o = (i // blocks).to(tl.int64) * 16 * big_channels
     total = tl.zeros((16, BLOCK), tl.float32)
     p = p_in + o + tap * in_tap_step + b * in_step
-    for _ in range(0, splits):
+    for _ in range(splits):
         total += tl.load(p, mask=m, other=0.0).to(tl.float32)
         p += split_step
     p = p_out + o + tap * out_tap_step + b * out_step

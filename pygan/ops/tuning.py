@@ -82,8 +82,9 @@ class Tuner:
             raise RuntimeError(f"{key}: none of {', '.join(candidates)} runs on this device")
         if baseline not in times:
             return min(times, key=times.__getitem__)
-        best = min((name for name in times if name != baseline), key=times.get, default=baseline)
-        for name in {best: 0, baseline: 0}:
+        others = times.keys() - {baseline}
+        best = min(others, key=times.__getitem__, default=baseline)
+        for name in {best, baseline}:
             # Once more: the first to be measured may have met a device that was still waking up.
             times[name] = min(times[name], self._timer(candidates[name]))
         log.debug("%s: %s", key, times)
