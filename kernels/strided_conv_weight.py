@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pygan.kernels.strided_conv import SIZES, Config, normalized
+from pygan.kernels.strided_conv import SIZES, normalized
+from pygan.kernels.strided_conv_configs import Config
 
 LEAST_STEPS = 8  # of a split; fewer do not pay for its sum's way to memory and back
 

@@ -72,6 +72,11 @@ def supports(tensors: Sequence[Tensor], autocast: torch.dtype | None) -> str | N
     """Reason that the kernels cannot take tensors of these devices and types, or None."""
     if (reason := dispatch.supports_triton(*tensors)) is not None:
         return reason
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the call"
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"a tensor is a {type(tensor).__name__}, not a plain one"
     dtypes = {t.dtype for t in tensors}
     if autocast is None and len(dtypes) > 1:
         return "input, weight and bias have different dtypes"
@@ -123,10 +128,10 @@ def _unmeasured(shape: Shape, named: bool) -> Passes:
 
 
 def _configs(shape: Shape, conv_pass: str) -> tuple[Any, ...]:
-    from pygan.kernels import strided_conv as kernels
+    from pygan.kernels.strided_conv_configs import configs
 
     channels = (shape.small_size[1], shape.big_size[1])
-    return kernels.configs(conv_pass, *channels, shape.dtype, shape.precision)
+    return configs(conv_pass, *channels, shape.dtype, shape.precision)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -161,8 +166,12 @@ def _candidates(
 ) -> dict[str, Callable[[], Any]]:
     """What runs the pass once, on maps of its own."""
 
+    # Nobody else's random numbers are other ones for this.
+    generator = torch.Generator(device).manual_seed(0)
+
     def made(size: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-        return torch.randn(size, dtype=dtype, device=device).contiguous(memory_format=layout)
+        values = torch.randn(size, dtype=dtype, device=device, generator=generator)
+        return values.contiguous(memory_format=layout)
 
     small = made(shape.small_size, shape.dtype, _LAST)
     big = made(shape.big_size, shape.dtype, _LAST)

@@ -71,6 +71,7 @@ class Tuner:
     def _measure(
         self, key: str, candidates: Mapping[str, Callable[[], Any]], baseline: str | None
     ) -> str:
+        log.info("%s: timing %s", key, ", ".join(candidates))
         times: dict[str, float] = {}
         for name, run in candidates.items():
             try:

@@ -46,7 +46,7 @@ class Variant(NamedTuple):
 
 
 def variants() -> list[Variant]:
-    from pygan.kernels.strided_conv import CONFIGS
+    from pygan.kernels.strided_conv_configs import CONFIGS
 
     found = []
     for conv_pass, configs in CONFIGS["half"].items():
