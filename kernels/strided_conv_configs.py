@@ -36,12 +36,12 @@ CONFIGS = {
         "down": (
             Config(128, 128, 64, 8, 4),
             Config(64, 128, 64, 8, 4),
-            Config(128, 64, 64, 4, 4),
+            Config(128, 64, 64, 8, 4),
             Config(64, 64, 64, 4, 1, flat=True),
         ),
         "weight_grad": (
             Config(128, 128, 64, 8, 3),
-            Config(128, 64, 64, 4, 4),
+            Config(128, 64, 64, 8, 4),
             Config(64, 64, 64, 4, 4),
             Config(64, 64, 64, 4, 2, flat=True),
         ),

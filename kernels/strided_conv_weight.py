@@ -63,7 +63,9 @@ def weight_grad_kernel(
         o_c = (tap_y * big_width + tap_x) * big_channels + b[None, :]
     else:
         tap = i_columns * BLOCK_N // big_channels
-        b = i_columns * BLOCK_N % big_channels + tl.arange(0, BLOCK_N)
+        # Triton before 3.9 does not see that a remainder of two multiples is one.
+        first_b = tl.multiple_of(i_columns * BLOCK_N % big_channels, BLOCK_N)
+        b = first_b + tl.arange(0, BLOCK_N)
         tap_y = tap // 4
         tap_x = tap % 4
         o_c = ((tap_y * big_width + tap_x) * big_channels + b)[None, :]

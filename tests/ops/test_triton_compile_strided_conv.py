@@ -37,6 +37,12 @@ class Variant(NamedTuple):
     one_channel: bool = False
 
     @property
+    def copies_ahead(self) -> bool:
+        """Whether both operands go to shared memory while others are multiplied."""
+        plain = not (self.config.flat or self.one_channel or self.normalized)
+        return plain and self.capability >= 90 and self.precision == "tf32"
+
+    @property
     def name(self) -> str:
         tile = "x".join(map(str, self.config[:3]))
         form = f"{self.config.phases}{'flat' if self.config.flat else ''}"
@@ -126,5 +132,9 @@ def test_compiles(
     registers, stack = resources(cubin)
     print(f"{variant.name}: {registers} registers, {stack} bytes of stack, {shared} shared")
     assert shared <= SHARED_LIMIT[variant.capability]
+    if variant.copies_ahead:
+        config, size = variant.config, 4 if variant.dtype == "fp32" else 2
+        tile = (config.block_m + config.block_n) * config.block_k * size
+        assert shared >= config.stages * tile, "a map or the weight is not copied ahead"
     assert stack == 0, f"{stack} bytes of registers spilled"
     assert registers <= 255
