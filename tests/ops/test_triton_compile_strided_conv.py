@@ -138,3 +138,21 @@ def test_compiles(
         assert shared >= config.stages * tile, "a map or the weight is not copied ahead"
     assert stack == 0, f"{stack} bytes of registers spilled"
     assert registers <= 255
+
+
+def test_sum_and_pack_compile(tmp_path: Path) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pygan.kernels.strided_conv_weight import weight_kernel
+
+    steps = ("out_tap_step", "out_step", "in_tap_step", "in_step")
+    types = {"p_out": "*bf16", "p_in": "*fp32"}
+    types |= dict.fromkeys(("splits", "split_step", *steps, "big_channels"), "i32")
+    source = ASTSource(
+        fn=weight_kernel, signature=types | {"BLOCK": "constexpr"}, constexprs={"BLOCK": 128}
+    )
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(result.asm["cubin"])
+    assert resources(cubin)[1] == 0
