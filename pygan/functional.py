@@ -86,7 +86,7 @@ def conv2d(
         method: of the native kernels: "direct" (few input channels), "f22" or "f42" (Winograd
             with 2x2 and 4x4 outputs a tile; no "f42" in bfloat16 on a CPU that multiplies it
             itself), or "auto". A named one runs the gradients too where it can.
-        impl: "auto", "cpu" or "torch".
+        impl: "auto", "cpu", "triton" or "torch".
 
     Returns:
         ``[N, A, H', W']`` in the dtype and memory format that torch gives. Differentiable to any
@@ -127,7 +127,7 @@ def conv_transpose2d(
         bias: ``[B]`` or None.
         stride, padding, output_padding, groups, dilation: as torch's.
         method: of the native kernels: "direct" (few output channels), "f22", "f42" or "auto".
-        impl: "auto", "cpu" or "torch".
+        impl: "auto", "cpu", "triton" or "torch".
 
     Returns:
         ``[N, B, H', W']`` in the dtype and memory format that torch gives. Differentiable to any

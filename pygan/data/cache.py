@@ -42,7 +42,7 @@ class Cache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        base = Path(folder) if folder is not None else _default_folder()
+        base = Path(folder) if folder is not None else default_folder()
         self.folder = base / "data"
 
     def find(self, key: str, name: str) -> ImageSet | None:
@@ -166,7 +166,8 @@ def key_of(stamp: str, image_size: int | None, channels: int | None) -> str:
     return hashlib.sha256(repr((_FORMAT, stamp, image_size, channels)).encode()).hexdigest()
 
 
-def _default_folder() -> Path:
+def default_folder() -> Path:
+    """`$PYGAN_CACHE`, else `$XDG_CACHE_HOME/pygan`, else `~/.cache/pygan`."""
     if chosen := os.environ.get("PYGAN_CACHE"):
         return Path(chosen).expanduser()
     if chosen := os.environ.get("XDG_CACHE_HOME"):

@@ -24,6 +24,9 @@ A ReLU or LeakyReLU behind down runs with it where the direct kernels take all t
 y = act(down(big, w)) and gate = 1 where y > 0, else the slope, the gradients are those of down
 with dy * gate in dy's place, multiplied as the kernels read dy.
 
+On a GPU the passes are Triton's implicit GEMMs over the same parities, where these are measured to
+be faster than cuDNN; see :mod:`pygan.ops.strided_conv_triton`.
+
 Saved: the input where the weight wants a gradient, the weight where the input does, and y where
 there is an activation. Gradient order: input, weight, bias. Source: Lavin and Gray 2016,
 arXiv:1509.09308.
@@ -41,7 +44,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, few_positions, map_memory, native
+from pygan.ops import dispatch, few_positions, map_memory, native, strided_conv_triton
 from pygan.ops.matrix_product import matrix_product
 
 METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
@@ -108,6 +111,8 @@ class _Layer(NamedTuple):
     down: _Kernel | None
     weight_grad: _Kernel | None
     refused: tuple[str, ...]  # passes that the named method does not take
+    # Who runs the passes of maps that are not the CPU's.
+    triton: strided_conv_triton.Passes | None = None
 
     @property
     def native(self) -> bool:
@@ -168,7 +173,8 @@ def _layer(
     found = {name: kernel(name, method) for name in _PASSES}
     refused = tuple(name for name in _PASSES if named and found[name] is None)
     found |= {name: kernel(name, "auto") for name in refused}
-    return _Layer(small_size, big_size, weight_format, **found, refused=refused)
+    kernels = (found["up"], found["down"], found["weight_grad"])
+    return _Layer(small_size, big_size, weight_format, *kernels, refused=refused)
 
 
 def is_last(x: Tensor) -> bool:
@@ -187,6 +193,9 @@ def is_last(x: Tensor) -> bool:
 def _in_format(x: Tensor, last: bool) -> Tensor:
     if is_last(x) == last:
         return x
+    if not x.is_cpu:
+        form = _LAST if last else _FIRST
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=form).copy_(x)
     return map_memory.empty(x.shape, x.dtype, _LAST if last else _FIRST).copy_(x)
 
 
@@ -209,6 +218,9 @@ def run_up(
     takes a channels_last ``gate``, only one that normalizes small ``coefficients``."""
     kernel, dtype = layer.up, small.dtype
     if kernel is None:
+        if layer.triton is not None and (config := layer.triton.up) is not None:
+            big = strided_conv_triton.up(layer.triton.shape, config, small, weight, bias)
+            return _in_format(big, last)
         odd = [layer.big_size[i] - 2 * layer.small_size[i] for i in (2, 3)]
         bias = None if bias is None else bias.to(dtype)
         big = torch.convolution(small, weight.to(dtype), bias, (2, 2), (1, 1), (1, 1), True, odd, 1)
@@ -246,6 +258,9 @@ def run_down(
     is given one, only one that normalizes big ``coefficients``."""
     kernel, dtype = layer.down, big.dtype
     if kernel is None:
+        if layer.triton is not None and (config := layer.triton.down) is not None:
+            small = strided_conv_triton.down(layer.triton.shape, config, big, weight, bias)
+            return _in_format(small, last)
         bias = None if bias is None else bias.to(dtype)
         small = torch.convolution(
             big, weight.to(dtype), bias, (2, 2), (1, 1), (1, 1), False, (0, 0), 1
@@ -282,6 +297,8 @@ def run_weight_grad(
     :func:`run_up`."""
     kernel = layer.weight_grad
     if kernel is None:
+        if layer.triton is not None and (config := layer.triton.weight_grad) is not None:
+            return strided_conv_triton.weight_grad(layer.triton.shape, config, small, big)
         return weight_grad_ref(small, big).float().contiguous(memory_format=layer.weight_format)
     module = native.load()
     assert module is not None
@@ -377,8 +394,8 @@ class _WeightGrad(torch.autograd.Function):
         )
 
 
-def _autocast_dtype() -> torch.dtype | None:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+def _autocast_dtype(device: str = "cpu") -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _supports_cpu(
@@ -392,13 +409,8 @@ def _supports_cpu(
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if (reason := dispatch.supports_cpu(*tensors)) is not None:
         return reason
-    if x.dim() != 4 or weight.dim() != 4 or weight.shape[2:] != taps:
-        shapes, wanted = f"{tuple(x.shape)} and {tuple(weight.shape)}", "x".join(map(str, taps))
-        return f"the shapes are {shapes}, not 4-D with {wanted} taps"
-    if x.shape[1] != weight.shape[side]:
-        return f"{x.shape[1]} channels do not fit a weight of shape {tuple(weight.shape)}"
-    if bias is not None and bias.shape != weight.shape[1 - side : 2 - side]:
-        return f"a bias of shape {tuple(bias.shape)} does not fit the weight"
+    if (reason := _misfit(x, weight, bias, side, taps)) is not None:
+        return reason
     autocast = _autocast_dtype()
     if autocast is None:
         if any(t.dtype is not x.dtype for t in tensors):
@@ -406,6 +418,51 @@ def _supports_cpu(
     elif autocast not in native.DTYPES:
         return f"autocast is to {autocast}, not to bfloat16"
     return None
+
+
+def _misfit(
+    x: Tensor, weight: Tensor, bias: Tensor | None, side: int, taps: tuple[int, int]
+) -> str | None:
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[2:] != taps:
+        shapes, wanted = f"{tuple(x.shape)} and {tuple(weight.shape)}", "x".join(map(str, taps))
+        return f"the shapes are {shapes}, not 4-D with {wanted} taps"
+    if x.shape[1] != weight.shape[side]:
+        return f"{x.shape[1]} channels do not fit a weight of shape {tuple(weight.shape)}"
+    if bias is not None and bias.shape != weight.shape[1 - side : 2 - side]:
+        return f"a bias of shape {tuple(bias.shape)} does not fit the weight"
+    return None
+
+
+def _sizes(
+    conv_pass: str, x: Tensor, weight: Tensor, output_padding: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the small and the big map."""
+    (batch, _, height, width), (a, b, _, _) = x.shape, weight.shape
+    if conv_pass == "up":
+        extra_height, extra_width = output_padding
+        big_size = (batch, b, 2 * height + extra_height, 2 * width + extra_width)
+        return (batch, a, height, width), big_size
+    return (batch, a, height // 2, width // 2), (batch, b, height, width)
+
+
+def _supports_triton(
+    conv_pass: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_padding: Sequence[int],
+    named: bool,
+) -> str | None:
+    """Reason that Triton's kernels cannot take x, or are not to unless they are ``named``."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    reason = strided_conv_triton.supports(tensors, _autocast_dtype(x.device.type))
+    if reason is None:
+        reason = _misfit(x, weight, bias, 0 if conv_pass == "up" else 1, (4, 4))
+    if reason is None and not (named or is_last(x) or is_last(weight)):
+        reason = "neither the input nor the weight is channels_last"
+    if reason is not None:
+        return reason
+    return strided_conv_triton.supports_sizes(*_sizes(conv_pass, x, weight, output_padding))
 
 
 class Call(NamedTuple):
@@ -433,28 +490,28 @@ def prepare(
     or None where torch's own operation is to run."""
     if method not in METHODS:
         raise UserError(f"method is {method!r}; it is one of {', '.join(METHODS)}")
-    going_up = conv_pass == "up"
-    side = 0 if going_up else 1
+    side = 0 if conv_pass == "up" else 1
     if impl == "auto":
         impl = dispatch.wished()
     if impl == "auto" and method != "auto":
         impl = "cpu"
     # The usual answer first: it is asked for in every layer of every step.
     if impl != "auto" or _supports_cpu(x, weight, bias, side) is not None:
+        operands = (x, weight, bias, output_padding, impl != "auto")
         candidates = [
+            ("triton", lambda: _supports_triton(conv_pass, *operands)),
             ("cpu", lambda: _supports_cpu(x, weight, bias, side)),
             ("torch", dispatch.always),
         ]
-        if dispatch.choose("strided_conv", impl, candidates) == "torch":
+        chosen = dispatch.choose("strided_conv", impl, candidates)
+        if chosen != "cpu":
             if method != "auto":
-                raise UserError(f"method {method!r} is of the cpu implementation, not of torch's")
-            return None
-    (batch, _, height, width), (a, b, _, _) = x.shape, weight.shape
-    if going_up:
-        small_size = (batch, a, height, width)
-        big_size = (batch, b, 2 * height + output_padding[0], 2 * width + output_padding[1])
-    else:
-        small_size, big_size = (batch, a, height // 2, width // 2), (batch, b, height, width)
+                whose = "torch" if chosen == "torch" else "Triton"
+                raise UserError(f"method {method!r} is of the cpu implementation, not of {whose}'s")
+            if chosen == "torch" or normalized:
+                return None
+            return _prepare_triton(conv_pass, *operands)
+    small_size, big_size = _sizes(conv_pass, x, weight, output_padding)
     autocast, named = _autocast_dtype(), method != "auto"
     layer = _layer(
         x.dtype if autocast is None else autocast,
@@ -477,6 +534,29 @@ def prepare(
     last = is_last(x) or is_last(weight)
     if autocast is not None:
         x = x.to(autocast)
+    return Call(x, weight.float(), None if bias is None else bias.float().contiguous(), layer, last)
+
+
+def _prepare_triton(
+    conv_pass: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_padding: Sequence[int],
+    named: bool,
+) -> Call | None:
+    autocast = _autocast_dtype(x.device.type)
+    if autocast is not None:
+        x = x.to(autocast)
+    weight_format = _LAST if weight.is_contiguous(memory_format=_LAST) else _FIRST
+    sizes = _sizes(conv_pass, x, weight, output_padding)
+    precision = strided_conv_triton.precision(x.dtype)
+    shape = strided_conv_triton.Shape(x.dtype, weight_format, *sizes, precision)
+    passes = strided_conv_triton.passes(shape, x.device, named)
+    if not (passes.up or passes.down or passes.weight_grad):
+        return None
+    layer = _Layer(*sizes, weight_format, None, None, None, (), passes)
+    last = is_last(x) or is_last(weight)
     return Call(x, weight.float(), None if bias is None else bias.float().contiguous(), layer, last)
 
 

@@ -13,7 +13,7 @@ FLOOR = {torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 CONVOLUTION_FLOOR = FLOOR | {torch.float32: 3e-6}
 
 FACTOR = 2.0
-CONVOLUTION_FACTOR = {torch.float32: FACTOR, torch.bfloat16: 2.2}
+CONVOLUTION_FACTOR = {torch.float32: FACTOR, torch.bfloat16: 2.2, torch.float16: FACTOR}
 WEIGHT_GRAD_FACTOR = 3.0
 
 

@@ -19,6 +19,7 @@ def run_again(marker: str, **environment: str) -> None:
         str(HERE / f"test_{name}.py")
         for name in (
             "strided_conv",
+            "strided_conv_triton",
             "norm_conv",
             "folded_conv",
             "norm_act",

@@ -1,0 +1,97 @@
+"""The tiles that the strided convolution's kernels are worth trying with.
+
+A tile of 128x128 multiplies 64 times for each value it reads, one of 64x64 half as often; small
+ones are for the layers that would leave multiprocessors idle.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """One way to run a pass: the tile, and how many threads run it."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    phases: int = 1  # of big that a program of up computes: 1 or 4
+    flat: bool = False  # of down and weight_grad: a block goes over several taps
+
+
+# Each compiles for compute capabilities 8.0, 9.0 and 10.0 without spilling a register.
+CONFIGS = {
+    "half": {
+        "up": (
+            Config(128, 128, 64, 8, 3),
+            Config(128, 64, 64, 4, 3),
+            Config(64, 128, 64, 4, 3),
+            Config(64, 128, 64, 8, 3, phases=4),
+            Config(128, 16, 64, 4, 3, phases=4),
+        ),
+        "down": (
+            Config(128, 128, 64, 8, 4),
+            Config(64, 128, 64, 8, 4),
+            Config(128, 64, 64, 8, 4),
+            Config(64, 64, 64, 4, 1, flat=True),
+        ),
+        "weight_grad": (
+            Config(128, 128, 64, 8, 3),
+            Config(128, 64, 64, 8, 4),
+            Config(64, 64, 64, 4, 4),
+            Config(64, 64, 64, 4, 2, flat=True),
+        ),
+    },
+    "tf32": {
+        "up": (
+            Config(128, 128, 32, 8, 3),
+            Config(64, 64, 32, 4, 3),
+            Config(128, 16, 32, 4, 3, phases=4),
+        ),
+        "down": (
+            Config(128, 128, 32, 8, 3),
+            Config(64, 64, 32, 4, 3),
+            Config(64, 64, 16, 4, 2, flat=True),
+        ),
+        "weight_grad": (
+            Config(128, 128, 32, 8, 3),
+            Config(64, 64, 32, 4, 3),
+            Config(64, 64, 16, 4, 2, flat=True),
+        ),
+    },
+    "ieee": {
+        "up": (Config(64, 64, 16, 8, 2), Config(128, 16, 32, 4, 3, phases=4)),
+        "down": (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2, flat=True)),
+        "weight_grad": (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 4, 2, flat=True)),
+    },
+}
+FLAT_CHANNELS = 32  # of big, below which down is flat
+
+
+def configs(
+    conv_pass: str, small_channels: int, big_channels: int, dtype: torch.dtype, precision: str
+) -> tuple[Config, ...]:
+    """The ways to run a pass between so many channels that are worth trying, at least one.
+    ``precision``, "tf32" or "ieee", is how float32 is multiplied."""
+    found = CONFIGS["half" if dtype.itemsize == 2 else precision][conv_pass]
+    if conv_pass == "up":
+        columns = {phases: phases * big_channels for phases in (1, 4)}
+        # Tiles of little width are for few columns, those of much for many.
+        fitting = [
+            c
+            for c in found
+            if c.block_n <= 2 * columns[c.phases] and (c.block_n > 16 or columns[c.phases] <= 64)
+        ]
+        return tuple(fitting) or found[-1:]
+    if conv_pass == "down":
+        found = tuple(c for c in found if c.flat == (big_channels < FLAT_CHANNELS))
+        fitting = [c for c in found if c.block_n <= 2 * small_channels]
+    else:
+        found = tuple(c for c in found if c.flat or big_channels % c.block_n == 0)
+        found = tuple(c for c in found if not c.flat) or found
+        fitting = [c for c in found if c.block_m <= 2 * small_channels]
+    return tuple(fitting) or found[-1:]

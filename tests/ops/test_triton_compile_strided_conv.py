@@ -1,0 +1,158 @@
+"""Every configuration of the strided convolution compiles for three GPUs, without spills."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from test_triton_compile import SHARED_LIMIT, resources  # noqa: E402
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+    ),
+]
+
+SIZES = ("images", "height", "width", "big_height", "big_width", "small_channels", "big_channels")
+WHOLE = ("small_channels", "big_channels")  # multiples of 16, but big_channels of flat kernels
+
+
+class Variant(NamedTuple):
+    conv_pass: str
+    config: Any
+    capability: int
+    dtype: str = "bf16"
+    precision: str = "tf32"
+    normalized: bool = False
+    one_channel: bool = False
+
+    @property
+    def copies_ahead(self) -> bool:
+        """Whether both operands go to shared memory while others are multiplied."""
+        plain = not (self.config.flat or self.one_channel or self.normalized)
+        return plain and self.capability >= 90 and self.precision == "tf32"
+
+    @property
+    def name(self) -> str:
+        tile = "x".join(map(str, self.config[:3]))
+        form = f"{self.config.phases}{'flat' if self.config.flat else ''}"
+        extra = "-normalized" * self.normalized + "-one" * self.one_channel
+        kind = f"{self.dtype}-{self.precision}" if self.dtype == "fp32" else self.dtype
+        return f"{self.conv_pass}-{tile}-{form}-{kind}-sm{self.capability}{extra}"
+
+
+def variants() -> list[Variant]:
+    from pygan.kernels.strided_conv_configs import CONFIGS
+
+    found = []
+    for conv_pass, configs in CONFIGS["half"].items():
+        found += [Variant(conv_pass, c, at) for at in SHARED_LIMIT for c in configs]
+        found.append(Variant(conv_pass, configs[0], 90, "fp16"))
+        found.append(Variant(conv_pass, configs[0], 90, normalized=True))
+        found.append(Variant(conv_pass, configs[-1], 90, one_channel=True))
+        for precision in ("tf32", "ieee"):
+            found.append(
+                Variant(conv_pass, CONFIGS[precision][conv_pass][0], 90, "fp32", precision)
+            )
+    return found
+
+
+def compiled(variant: Variant) -> tuple[int, bytes]:
+    """Bytes of shared memory, and the machine code."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pygan.kernels import strided_conv, strided_conv_weight
+
+    config, maps = variant.config, f"*{variant.dtype}"
+    arrays = {"p_coefficients": "*fp32", "slope": "fp32"} | dict.fromkeys(SIZES, "i32")
+    constants: dict[str, Any] = {"PRECISION": variant.precision}
+    if variant.conv_pass == "weight_grad":
+        kernel = strided_conv_weight.weight_grad_kernel
+        types = {"p_sums": "*fp32", "p_small": maps, "p_big": maps} | arrays
+        types |= {"splits": "i32", "chunk": "i32"}
+        constants |= {"NORMALIZED": 2 if variant.normalized else 0, "FLAT": config.flat}
+    else:
+        up = variant.conv_pass == "up"
+        kernel = strided_conv.up_kernel if up else strided_conv.down_kernel
+        y, x = ("p_big", "p_small") if up else ("p_small", "p_big")
+        types = {y: maps, "p_partials": "*fp32", x: maps, "p_weight": maps, "p_bias": "*fp32"}
+        types |= arrays | {"tiles": "i32"}
+        # Statistics need the most registers of what goes with the sums.
+        constants |= {"BIAS": True, "STATISTICS": True, "NORMALIZED": variant.normalized}
+        constants |= {"PHASES": config.phases} if up else {"FLAT": config.flat}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    if variant.one_channel:
+        constants["big_channels"] = 1
+    whole = [
+        name
+        for name in types
+        if name.startswith("p_") or (name in WHOLE and not (config.flat and name == "big_channels"))
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(types)
+            if name in whole and name not in constants
+        },
+    )
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    target = GPUTarget("cuda", variant.capability, 32)
+    result = triton.compile(source, target=target, options=options)
+    return result.metadata.shared, result.asm["cubin"]
+
+
+@pytest.fixture(scope="module")
+def machine_code() -> Iterator[dict[Variant, Future[tuple[int, bytes]]]]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context) as pool:
+        yield {variant: pool.submit(compiled, variant) for variant in variants()}
+
+
+@pytest.mark.parametrize("variant", variants(), ids=lambda variant: variant.name)
+def test_compiles(
+    variant: Variant, machine_code: dict[Variant, Future[tuple[int, bytes]]], tmp_path: Path
+) -> None:
+    shared, code = machine_code[variant].result()
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(code)
+    registers, stack = resources(cubin)
+    print(f"{variant.name}: {registers} registers, {stack} bytes of stack, {shared} shared")
+    assert shared <= SHARED_LIMIT[variant.capability]
+    if variant.copies_ahead:
+        config, size = variant.config, 4 if variant.dtype == "fp32" else 2
+        tile = (config.block_m + config.block_n) * config.block_k * size
+        assert shared >= config.stages * tile, "a map or the weight is not copied ahead"
+    assert stack == 0, f"{stack} bytes of registers spilled"
+    assert registers <= 255
+
+
+def test_sum_and_pack_compile(tmp_path: Path) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pygan.kernels.strided_conv_weight import weight_kernel
+
+    steps = ("out_tap_step", "out_step", "in_tap_step", "in_step")
+    types = {"p_out": "*bf16", "p_in": "*fp32"}
+    types |= dict.fromkeys(("splits", "split_step", *steps, "big_channels"), "i32")
+    source = ASTSource(
+        fn=weight_kernel, signature=types | {"BLOCK": "constexpr"}, constexprs={"BLOCK": 128}
+    )
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(result.asm["cubin"])
+    assert resources(cubin)[1] == 0
