@@ -36,10 +36,8 @@ pygan::GanLossGroup group_of(const py::tuple& fields) {
 }
 
 pygan::GanLoss gan_loss_of(int dtype, const py::tuple& groups, Address loss) {
-  pygan::GanLoss args{static_cast<pygan::DType>(dtype),
-                      {},
-                      static_cast<int>(groups.size()),
-                      pointer<float>(loss)};
+  pygan::GanLoss args{
+      static_cast<pygan::DType>(dtype), {}, static_cast<int>(groups.size()), pointer<float>(loss)};
   for (size_t i = 0; i < groups.size() && i < 2; ++i) {
     args.groups[i] = group_of(groups[i].cast<py::tuple>());
   }
@@ -96,8 +94,8 @@ PYBIND11_MODULE(_cuda, module) {
       },
       py::arg("shape"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("training"),
       py::arg("eps"), py::arg("momentum"), py::arg("running_mean"), py::arg("running_var"),
-      py::arg("y"), py::arg("mean"), py::arg("invstd"), py::arg("coefficients"),
-      py::arg("scratch"), py::arg("stream"));
+      py::arg("y"), py::arg("mean"), py::arg("invstd"), py::arg("coefficients"), py::arg("scratch"),
+      py::arg("stream"));
 
   module.def(
       "norm_act_backward",
@@ -141,8 +139,8 @@ PYBIND11_MODULE(_cuda, module) {
                                             1};
            }),
            py::arg("dtype"), py::arg("weight_layout"), py::arg("batch"), py::arg("height"),
-           py::arg("width"), py::arg("big_height"), py::arg("big_width"),
-           py::arg("small_channels"), py::arg("big_channels"));
+           py::arg("width"), py::arg("big_height"), py::arg("big_width"), py::arg("small_channels"),
+           py::arg("big_channels"));
 
   module.def("image_conv_scratch", &cuda::image_conv_scratch, py::arg("shape"));
 

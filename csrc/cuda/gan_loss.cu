@@ -54,8 +54,8 @@ __device__ Sums sums_of(const Group& group, float* shared) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) one_block_kernel(const __grid_constant__ Groups groups,
-                                                              float* loss) {
+__global__ void __launch_bounds__(kThreads)
+    one_block_kernel(const __grid_constant__ Groups groups, float* loss) {
   __shared__ float shared[kWarps];
   float total = 0.0f;
   for (int i = 0; i < groups.count; ++i) {
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kThreads) one_block_kernel(const __grid_consta
 
 // partial [group, blocks, 2]
 template <class T>
-__global__ void __launch_bounds__(kThreads) partial_kernel(const __grid_constant__ Groups groups,
-                                                            float* partial) {
+__global__ void __launch_bounds__(kThreads)
+    partial_kernel(const __grid_constant__ Groups groups, float* partial) {
   __shared__ float shared[kWarps];
   const Sums sums = sums_of<T>(groups.group[blockIdx.y], shared);
   if (threadIdx.x == 0) {
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kThreads) partial_kernel(const __grid_constant
 }
 
 __global__ void __launch_bounds__(kThreads)
-    total_kernel(const __grid_constant__ Groups groups, const float* partial, int blocks, float* loss) {
+    total_kernel(const __grid_constant__ Groups groups, const float* partial, int blocks,
+                 float* loss) {
   __shared__ float shared[kWarps];
   float total = 0.0f;
   for (int i = 0; i < groups.count; ++i) {

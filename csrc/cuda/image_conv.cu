@@ -36,9 +36,8 @@ struct Gate {
 };
 
 __device__ int64_t weight_index(const Map& map, int a, int tap, int b) {
-  return map.weight_last
-             ? (static_cast<int64_t>(a) * kTaps + tap) * map.big_channels + b
-             : (static_cast<int64_t>(a) * map.big_channels + b) * kTaps + tap;
+  return map.weight_last ? (static_cast<int64_t>(a) * kTaps + tap) * map.big_channels + b
+                         : (static_cast<int64_t>(a) * map.big_channels + b) * kTaps + tap;
 }
 
 struct TileAt {
@@ -101,8 +100,7 @@ __global__ void __launch_bounds__(kThreads)
           sum = fmaf(shared[2 * row + tap / 4][2 * column + tap % 4][b], taps[tap][b], sum);
         }
       }
-      const int64_t to =
-          ((at.image * map.height + y) * map.width + x) * map.small_channels + a;
+      const int64_t to = ((at.image * map.height + y) * map.width + x) * map.small_channels + a;
       small[to] = from_float<T>(activate(activation, sum, slope));
     }
   }

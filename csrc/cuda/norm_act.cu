@@ -69,10 +69,12 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     moments_last_kernel(double* partial, const T* x, Walk walk) {
   const Tile tile = tile_of<N>(walk);
-  float mean[N], m2[N], count = 0.0f;
+  // Means are counted from the group's first value, or float32 would round a large one.
+  float pivot[N], mean[N], m2[N], count = 0.0f;
 #pragma unroll
-  for (int k = 0; k < N; ++k) mean[k] = m2[k] = 0.0f;
+  for (int k = 0; k < N; ++k) pivot[k] = mean[k] = m2[k] = 0.0f;
   if (tile.inside) {
+    load(x + blockIdx.z * walk.total * walk.channels + tile.channel, pivot);
     for (int64_t row = tile.begin + tile.row; row < tile.end; row += kRowsAtOnce * walk.rows) {
       float values[kRowsAtOnce][N];
       int present = 0;
@@ -81,6 +83,8 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t at = row + r * walk.rows;
         if (at < tile.end) {
           load(x + at * walk.channels + tile.channel, values[r]);
+#pragma unroll
+          for (int k = 0; k < N; ++k) values[r][k] -= pivot[k];
           ++present;
         }
       }
@@ -119,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if (tile.row == 0 && tile.inside) {
-      partial[at + tile.channel + k] = shared[threadIdx.x].mean;
+      partial[at + tile.channel + k] = static_cast<double>(shared[threadIdx.x].mean) + pivot[k];
       partial[plane + at + tile.channel + k] = shared[threadIdx.x].m2;
     }
   }
@@ -146,12 +150,16 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     moments_first_kernel(double* partial, const T* x, Walk walk) {
   const Runs runs = runs_of(walk);
+  const float pivot = to_float(x[runs.base]);  // as in moments_last_kernel
   Moments sums{0.0f, 0.0f, 0.0f};
   for (int64_t p = runs.begin + threadIdx.x * N; p < runs.end; p += kThreads * N) {
     float values[N], local = 0.0f, squares = 0.0f;
     load(x + address(runs, walk, p), values);
 #pragma unroll
-    for (int k = 0; k < N; ++k) local += values[k];
+    for (int k = 0; k < N; ++k) {
+      values[k] -= pivot;
+      local += values[k];
+    }
     local *= 1.0f / N;
 #pragma unroll
     for (int k = 0; k < N; ++k) squares += (values[k] - local) * (values[k] - local);
@@ -169,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t plane = static_cast<int64_t>(walk.groups) * walk.chunks * walk.channels;
     const int64_t at =
         (static_cast<int64_t>(blockIdx.z) * walk.chunks + blockIdx.y) * walk.channels + blockIdx.x;
-    partial[at] = shared[0].mean;
+    partial[at] = static_cast<double>(shared[0].mean) + pivot;
     partial[plane + at] = shared[0].m2;
   }
 }
@@ -223,7 +231,8 @@ __global__ void __launch_bounds__(kThreads)
     shared[2][warp][lane] = m2;
     __syncthreads();
     if (warp != 0 || c >= C) continue;
-    for (int w = 1; w < kWarps; ++w) merge(shared[0][w][lane], shared[1][w][lane], shared[2][w][lane]);
+    for (int w = 1; w < kWarps; ++w)
+      merge(shared[0][w][lane], shared[1][w][lane], shared[2][w][lane]);
     const double variance = m2 / count;
     const float centre = static_cast<float>(mean);
     const float invstd = static_cast<float>(1.0 / sqrt(variance + to.eps));
@@ -436,7 +445,8 @@ __global__ void __launch_bounds__(kThreads)
   if (to.dbias) to.dbias[c] = static_cast<float>(dbias);
 }
 
-__device__ inline float input_grad(const Activated& f, float x, float dy, const float (&map)[kMaps]) {
+__device__ inline float input_grad(const Activated& f, float x, float dy,
+                                   const float (&map)[kMaps]) {
   const float d = x - map[kMean];
   const float z = fmaf(d, map[kScale], map[kShift]);
   const float dz = through_activation(f.activation, dy, z, f.slope);
@@ -570,9 +580,9 @@ Outcome norm_act_forward(const NormActForward& args, Stream stream) {
   const Walk walk = walk_of(s, pack);
   const dim3 grid = grid_of(s, walk, pack);
   const Activated f{s.activation, s.negative_slope};
-  const Statistics statistics{args.weight,      args.bias,         args.eps,
-                              args.momentum,    args.running_mean, args.running_var,
-                              args.mean,        args.invstd,       args.coefficients};
+  const Statistics statistics{args.weight,   args.bias,         args.eps,
+                              args.momentum, args.running_mean, args.running_var,
+                              args.mean,     args.invstd,       args.coefficients};
   float* maps = reinterpret_cast<float*>(args.scratch);
   double* partial = args.scratch + map_elements(s);
   with_pack(s, pack, [&](auto* type, auto width) {
@@ -628,8 +638,8 @@ Outcome norm_act_backward(const NormActBackward& args, Stream stream) {
              ParameterGrads{args.invstd, args.dweight, args.dbias, args.training});
     }
     if (args.dx) {
-      launch(last(s) ? input_grad_last_kernel<T, N> : input_grad_first_kernel<T, N>, grid,
-             kThreads, stream, static_cast<T*>(args.dx), x, dy, maps, walk, f);
+      launch(last(s) ? input_grad_last_kernel<T, N> : input_grad_first_kernel<T, N>, grid, kThreads,
+             stream, static_cast<T*>(args.dx), x, dy, maps, walk, f);
     }
   });
   return launched();

@@ -98,9 +98,7 @@ def _cuda(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) ->
     assert module is not None
     dtype, groups = cuda_native.DTYPES[logits.dtype], _groups(logits, grad, out, terms)
     scratch = out.new_empty(module.gan_loss_scratch(dtype, groups))
-    cuda_native.run(
-        module.gan_loss, logits, dtype, groups, out.data_ptr(), scratch.data_ptr()
-    )
+    cuda_native.run(module.gan_loss, logits, dtype, groups, out.data_ptr(), scratch.data_ptr())
 
 
 def _triton(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> None:

@@ -41,7 +41,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("shim")
     flags = [
-        *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"),
+        *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"),
         *("-Wno-unknown-pragmas", "-DPYGAN_HOST_SHIM", '-DPYGAN_CUDA_TARGETS="75"'),
         # A misaligned access of 16 bytes ends the process, as it does a kernel.
         *("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"),
@@ -51,7 +51,8 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
     def compiled(source: Path) -> str:
         target = folder / f"{source.stem}.o"
-        command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+        level = "-O1" if source.suffix == ".cu" else "-O0"
+        command = [compiler, level, *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return str(target)

@@ -75,9 +75,7 @@ def test_image_conv(
             on(small), on(weight), None, extra, gate=on(gate), negative_slope=0.2
         ),
         "down": image_conv_cuda.down(on(big), on(weight), on(bias_a), "leaky_relu", 0.2),
-        "weight_grad": image_conv_cuda.weight_grad(
-            on(small), on(big), memory_format=memory_format
-        ),
+        "weight_grad": image_conv_cuda.weight_grad(on(small), on(big), memory_format=memory_format),
         "gated weight_grad": image_conv_cuda.weight_grad(on(small), on(big), on(gate), 0.2),
     }
     oracle, same = plain(torch.float64), plain(dtype)
