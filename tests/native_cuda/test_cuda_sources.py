@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -40,3 +42,18 @@ def test_nothing_waits_or_allocates(source: Path) -> None:
     text = source.read_text()
     assert not re.search(r"\bcuda\w*(Synchronize|Malloc|Memcpy|Memset|Free)\w*\(", text)
     assert not re.search(r"\b(new|malloc|atomic\w+|printf)\b *[\w(]", re.sub("//.*", "", text))
+
+
+def test_stub_describes_the_extension(shim: ModuleType) -> None:
+    stub = ast.parse((CUDA.parents[1] / "pygan" / "_cuda.pyi").read_text())
+    described = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in stub.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    signatures = {
+        name: re.findall(r"[(,] ?(\w+):", value.__doc__.splitlines()[0])
+        for name, value in vars(shim).items()
+        if callable(value) and not isinstance(value, type)
+    }
+    assert described == {k: v for k, v in signatures.items() if not k.startswith("_")}
