@@ -18,6 +18,7 @@ constexpr int kTileHeight = 8, kTileWidth = 16;  // small positions of a tile
 constexpr int kBigHeight = 2 * kTileHeight + 2, kBigWidth = 2 * kTileWidth + 2;
 constexpr int kTilePositions = kTileHeight * kTileWidth;
 constexpr int kUpChannels = 32;  // small channels of up that shared memory holds at once
+constexpr int kBlocksPerSm = 2;  // named, or the compiler spills a little to fit a third
 constexpr int64_t kMaxTileBlocks = 2048;
 constexpr int64_t kGradBlocks = 256;
 constexpr int kGradTaps = 8;  // reduced over the warps at once
@@ -67,7 +68,7 @@ __device__ void stage(float (&shared)[kBigHeight][kBigWidth][B], const T* big, c
 }
 
 template <class T, int B>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     down_kernel(T* small, const T* big, const float* weight, const float* bias, Map map,
                 Activation activation, float slope) {
   alignas(16) __shared__ float shared[kBigHeight][kBigWidth][B];
@@ -120,7 +121,7 @@ __device__ void load_gated(const T* small, const Gate& gate, int64_t at, float (
 // Corner (y, x) has the big pixels (2y - 1, 2y) x (2x - 1, 2x), and the small ones (y - 1, y) x
 // (x - 1, x); the tap between row p of the former and r of the latter is i = 2 (1 - r) + p.
 template <class T, int B, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     up_kernel(T* big, const T* small, Gate gate, const float* weight, const float* bias, Map map,
               Activation activation) {
   alignas(16) __shared__ float shared[kUpChannels][kTaps][B];
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // partial [blocks, taps, B, small channels]
 template <class T, int B>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     weight_grad_kernel(float* partial, const T* small, Gate gate, const T* big, Map map) {
   alignas(16) __shared__ float shared[kBigHeight][kBigWidth][B];
   __shared__ float reduced[kGradTaps][kWarps][kWarp];

@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // sum dz and sum dz (x - mean) of each channel and chunk -> partial [2, groups, chunks, channels].
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, N == 1 ? 4 : 2)
     sums_last_kernel(double* partial, const T* x, const T* dy, const float* maps, Walk walk,
                      Activated f) {
   const Tile tile = tile_of<N>(walk);
