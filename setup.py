@@ -5,6 +5,10 @@ compiler's output in ``pygan/_build_log.txt`` and installs pygan without the ext
 ``require`` makes the installation fail, ``off`` does not build. ``PYGAN_SANITIZE``, for example
 ``address,undefined``, compiles these sanitizers in; such an extension loads only into a process
 that started with their runtime (``LD_PRELOAD``).
+
+``pygan/_cuda`` is built where nvcc is found, by the same rules and with a message of its own in
+``pygan/_cuda_build_log.txt``: that there is no nvcc is no failure. ``PYGAN_CUDA_ARCHITECTURES``,
+for example ``80;90``, names the compute capabilities to compile for, else all are.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD_LOG = "_build_log.txt"
+CPU_EXTENSION, CUDA_EXTENSION = "pygan._C", "pygan._cuda"
+BUILD_LOGS = {CPU_EXTENSION: "_build_log.txt", CUDA_EXTENSION: "_cuda_build_log.txt"}
 LINUX_X86_64 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 
@@ -55,6 +60,19 @@ def unsupported_platform() -> str | None:
         "The native kernels are built on 64-bit Linux x86-64 only, and this is "
         f"{platform.system()} {platform.machine()}; pygan runs on torch here."
     )
+
+
+def unwanted_cuda() -> str | None:
+    """Why a machine is not expected to build the CUDA extension, or None."""
+    if extension_mode() == "off":
+        return "The installation was asked not to build it (PYGAN_EXT=off)."
+    if unsupported_platform():
+        return "The CUDA kernels are built on 64-bit Linux x86-64 only."
+    if os.environ.get("PYGAN_SANITIZE"):
+        return "The installation is one with sanitizers, which are for the CPU kernels."
+    if nvcc() is None:
+        return "nvcc was not found; install the CUDA toolkit, or name nvcc in CUDACXX."
+    return None
 
 
 def build_tool(name: str) -> str:
@@ -90,11 +108,19 @@ def pybind11_directory() -> str:
     return pybind11.get_cmake_dir()
 
 
-class CMakeExtension(Extension):
-    """An extension whose sources CMakeLists.txt names."""
+def nvcc() -> str | None:
+    """The CUDA compiler: what ``CUDACXX`` names, or else the one on PATH."""
+    return shutil.which(os.environ.get("CUDACXX") or "nvcc")
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name, sources=[], optional=extension_mode() != "require")
+
+class CMakeExtension(Extension):
+    """An extension whose sources the CMakeLists.txt in `folder` names."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.folder = folder
+        # Where there is no nvcc the CUDA extension is missing and nothing is wrong.
+        optional = name == CUDA_EXTENSION or extension_mode() != "require"
+        super().__init__(name, sources=[], optional=optional)
 
 
 class CMakeBuild(build_ext):
@@ -103,37 +129,44 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         mode = extension_mode()
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        log = module.parent / BUILD_LOG
+        log = module.parent / BUILD_LOGS[ext.name]
         module.parent.mkdir(parents=True, exist_ok=True)
         output: list[str] = []
+        what = "native" if ext.name == CPU_EXTENSION else "CUDA"
+        if ext.name == CUDA_EXTENSION and (reason := unwanted_cuda()):
+            module.unlink(missing_ok=True)
+            log.write_text(f"{reason}\n", encoding="utf-8")
+            return
         try:
             if mode == "off":
                 raise BuildFailed("The installation was asked not to build it (PYGAN_EXT=off).")
             if reason := unsupported_platform():
                 raise BuildFailed(reason)
-            self.run_cmake(module, werror=mode == "require", output=output)
+            self.run_cmake(ext, module, werror=mode == "require", output=output)
         except BuildFailed as error:
             if mode == "require":
                 raise SystemExit(
-                    f"pygan: PYGAN_EXT=require, and the native extension was not built. {error}"
+                    f"pygan: PYGAN_EXT=require, and the {what} extension was not built. {error}"
                 ) from error
             # An extension of an earlier build would run with sources it does not belong to.
             module.unlink(missing_ok=True)
             log.write_text(f"{error}\n{''.join(output)}", encoding="utf-8")
-            self.warn(f"pygan: installed without its native extension. {error}")
+            self.warn(f"pygan: installed without its {what} extension. {error}")
         else:
             log.unlink(missing_ok=True)
 
-    def run_cmake(self, module: Path, *, werror: bool, output: list[str]) -> None:
+    def run_cmake(
+        self, ext: CMakeExtension, module: Path, *, werror: bool, output: list[str]
+    ) -> None:
         """Configure and build `module`; what the tools print is appended to `output`."""
         cmake, ninja = build_tool("cmake"), build_tool("ninja")
-        build = self.build_directory(werror)
+        build = self.build_directory(ext, werror)
         configure = [
             cmake,
             "-G",
             "Ninja",
             "-S",
-            str(ROOT),
+            str(ext.folder),
             "-B",
             str(build),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
@@ -142,8 +175,14 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11_directory()}",
             f"-DPYGAN_OUTPUT_DIRECTORY={module.parent}",
             f"-DPYGAN_WERROR={'ON' if werror else 'OFF'}",
-            f"-DPYGAN_SANITIZE={os.environ.get('PYGAN_SANITIZE', '')}",
         ]
+        if ext.name == CUDA_EXTENSION:
+            configure += [
+                f"-DCMAKE_CUDA_COMPILER={nvcc()}",
+                f"-DPYGAN_CUDA_ARCHITECTURES={os.environ.get('PYGAN_CUDA_ARCHITECTURES', '')}",
+            ]
+        else:
+            configure.append(f"-DPYGAN_SANITIZE={os.environ.get('PYGAN_SANITIZE', '')}")
         if not run_logged(configure, output):
             shutil.rmtree(build, ignore_errors=True)  # a half-made cache outlives its cause
             raise BuildFailed("cmake could not configure the build; its output ends this message.")
@@ -152,11 +191,14 @@ class CMakeBuild(build_ext):
         if not module.exists():
             raise BuildFailed(f"The build made no file named {module.name}.")
 
-    def build_directory(self, werror: bool) -> Path:
+    def build_directory(self, ext: CMakeExtension, werror: bool) -> Path:
         # cmake reads these once, when it makes its cache.
-        variables = ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "PYGAN_SANITIZE")
+        variables = ["CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "PYGAN_SANITIZE"]
+        if ext.name == CUDA_EXTENSION:
+            variables += ["CUDACXX", "CUDAFLAGS", "PYGAN_CUDA_ARCHITECTURES"]
         key = repr([sys.executable, werror, self.debug, *map(os.environ.get, variables)])
-        name = f"cmake-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        prefix = "cmake" if ext.name == CPU_EXTENSION else "cmake-cuda"
+        name = f"{prefix}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
         return Path(self.build_temp).resolve() / name
 
     def copy_extensions_to_source(self) -> None:
@@ -165,12 +207,12 @@ class CMakeBuild(build_ext):
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             built, source = (Path(path) for path in self.module_paths(ext, build_py))
-            log = source.parent / BUILD_LOG
+            log = source.parent / BUILD_LOGS[ext.name]
             if built.exists():
                 log.unlink(missing_ok=True)
             else:
                 source.unlink(missing_ok=True)
-                shutil.copyfile(built.parent / BUILD_LOG, log)
+                shutil.copyfile(built.parent / BUILD_LOGS[ext.name], log)
 
     def module_paths(self, ext: Extension, build_py) -> tuple[str, str]:
         """Where `ext` is built, and where an editable installation imports it from."""
@@ -262,7 +304,10 @@ setup(
         "console_scripts": ["pygan = pygan.__main__:main"],
         "torch_dynamo_backends": ["pygan = pygan.compile:compile_backend"],
     },
-    ext_modules=[CMakeExtension("pygan._C")],
+    ext_modules=[
+        CMakeExtension(CPU_EXTENSION, ROOT),
+        CMakeExtension(CUDA_EXTENSION, ROOT / "csrc" / "cuda"),
+    ],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,
 )

@@ -10,7 +10,7 @@
 
 namespace pygan {
 
-enum class DType : int { f32 = 0, bf16 = 1 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };  // f16 on a GPU only
 enum class Layout : int { channels_last = 0, contiguous = 1 };
 enum class Activation : int { none = 0, relu = 1, leaky_relu = 2, tanh = 3, sigmoid = 4 };
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pygan import __version__, ops
-from pygan.ops import native
+from pygan.ops import cuda_native, native
 
 LOG_TAIL = 20  # lines
 
@@ -52,6 +52,17 @@ class Native:
 
 
 @dataclass(frozen=True)
+class Cuda:
+    """The CUDA extension: why it does not run, whether it is built, and for which capabilities
+    (`sm_80`); `build_log` as in `Native`."""
+
+    reason: str | None
+    built: bool
+    targets: list[str]
+    build_log: list[str]
+
+
+@dataclass(frozen=True)
 class Operation:
     """One operation: each implementation's reason not to run here, and the choice per device."""
 
@@ -66,6 +77,7 @@ class Report:
     machine: Machine
     versions: dict[str, str | None]
     native: Native
+    cuda: Cuda
     operations: dict[str, Operation]
 
     def to_dict(self) -> dict[str, object]:
@@ -73,13 +85,13 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        blocks = (_machine_lines(self), _native_lines(self.native), _operation_lines(self))
+        blocks = (_machine_lines(self), _native_lines(self), _operation_lines(self))
         return "\n\n".join("\n".join(lines) for lines in blocks)
 
 
 def collect() -> Report:
     """Look at this machine and at pygan's implementations on it."""
-    return Report(_machine(), _versions(), _native(), _operations())
+    return Report(_machine(), _versions(), _native(), _cuda(), _operations())
 
 
 def _machine() -> Machine:
@@ -131,12 +143,19 @@ def _native() -> Native:
     module = native.load()
     if module is not None:
         return Native(None, module.isa(), list(module.isas()), [])
-    return Native(native.reason(), None, [], _build_log())
+    return Native(native.reason(), None, [], _build_log(native.BUILD_LOG))
 
 
-def _build_log() -> list[str]:
+def _cuda() -> Cuda:
+    module, reason = cuda_native.load(), cuda_native.reason()
+    if module is None:
+        return Cuda(reason, False, [], _build_log(cuda_native.BUILD_LOG))
+    return Cuda(reason, True, [f"sm_{target}" for target in module.architectures().split()], [])
+
+
+def _build_log(path: Path) -> list[str]:
     try:
-        text = native.BUILD_LOG.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
@@ -169,7 +188,19 @@ def _machine_lines(report: Report) -> list[str]:
     ]
 
 
-def _native_lines(extension: Native) -> list[str]:
+def _native_lines(report: Report) -> list[str]:
+    return _cpu_lines(report.native) + _cuda_lines(report.cuda)
+
+
+def _cuda_lines(extension: Cuda) -> list[str]:
+    if extension.built:
+        state = "loaded" if extension.reason is None else f"built, does not run: {extension.reason}"
+        return [f"CUDA        {state}; kernels for {', '.join(extension.targets)}"]
+    lines = [f"CUDA        not loaded: {extension.reason}"]
+    return lines + [f"            | {line}" for line in extension.build_log]
+
+
+def _cpu_lines(extension: Native) -> list[str]:
     if extension.reason is None:
         lines = [f"Native      loaded, instruction set {extension.instruction_set}"]
         others = [name for name in extension.runnable if name != extension.instruction_set]

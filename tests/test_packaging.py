@@ -38,6 +38,7 @@ NOT_SOURCES = (
     "*.so",
     "__pycache__",
     "_build_log.txt",
+    "_cuda_build_log.txt",
     "build",
     "dist",
     "runs",
@@ -133,6 +134,14 @@ print(*module.isas())
         "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
     }
     assert result.stdout.split() == [name for name, needs in expected.items() if needs <= flags]
+
+
+@needs_linux_x86_64
+def test_auto_survives_a_broken_cuda_compiler(sources: Path, tmp_path: Path) -> None:
+    result = build(sources, tmp_path, PYGAN_EXT="auto", CXX="/bin/false", CUDACXX="/bin/false")
+    assert result.returncode == 0, result.stderr
+    assert "installed without its CUDA extension" in result.stderr
+    assert "/bin/false" in (tmp_path / "pygan" / "_cuda_build_log.txt").read_text()
 
 
 @pytest.mark.native

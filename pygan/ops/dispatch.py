@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pygan.errors import UserError
-from pygan.ops import native
+from pygan.ops import cuda_native, native
 
 logger = logging.getLogger("pygan")
 
@@ -97,6 +97,18 @@ def supports_triton(*tensors: torch.Tensor) -> str | None:
             if tensor.device.type != "cuda":
                 return f"a tensor is on {tensor.device}, not on a GPU"
     return reason
+
+
+def supports_cuda(*tensors: torch.Tensor) -> str | None:
+    """Reason that the CUDA kernels cannot take tensors of this device and type, or None."""
+    for tensor in tensors:
+        if not tensor.is_cuda:
+            return f"a tensor is on {tensor.device}, not on a GPU"
+        if tensor.dtype not in cuda_native.DTYPES:
+            return f"the dtype is {tensor.dtype}, not float32, bfloat16 or float16"
+        if type(tensor) not in _PLAIN:
+            return f"a tensor is a {type(tensor).__name__}, not a plain one"
+    return cuda_native.reason()
 
 
 def supports_cpu(*tensors: torch.Tensor) -> str | None:

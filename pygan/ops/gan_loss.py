@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, native
+from pygan.ops import cuda_native, dispatch, native
 
 
 class Term(NamedTuple):
@@ -60,19 +60,21 @@ def _supports_cpu(logits: Tensor, terms: tuple[Term, ...]) -> str | None:
     return dispatch.supports_cpu(logits) or _no_target_grad(terms)
 
 
+def _supports_cuda(logits: Tensor, terms: tuple[Term, ...]) -> str | None:
+    return dispatch.supports_cuda(logits) or _no_target_grad(terms)
+
+
 def _supports_triton(logits: Tensor, terms: tuple[Term, ...]) -> str | None:
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the dtype is {logits.dtype}, not float32, bfloat16 or float16"
     return dispatch.supports_triton(logits) or _no_target_grad(terms)
 
 
-def _cpu(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> None:
-    module = native.load()
-    assert module is not None
-    step, start, groups, alive = logits.element_size(), 0, [], []
+def _groups(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> tuple[Any, ...]:
+    """The terms as the extensions take them; ``terms`` keeps their targets alive."""
+    step, start, groups = logits.element_size(), 0, []
     for i, term in enumerate(terms):
         targets = term.target if isinstance(term.target, Tensor) else None
-        alive.append(targets)
         groups.append(
             (
                 logits.data_ptr() + start * step,
@@ -85,13 +87,31 @@ def _cpu(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> 
             )
         )
         start += term.size
-    module.gan_loss(native.DTYPES[logits.dtype], tuple(groups), out.data_ptr())
+    return tuple(groups)
+
+
+def _cpu(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> None:
+    module = native.load()
+    assert module is not None
+    groups = _groups(logits, grad, out, terms)
+    module.gan_loss(native.DTYPES[logits.dtype], groups, out.data_ptr())
+
+
+def _cuda(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> None:
+    module = cuda_native.load()
+    assert module is not None
+    dtype, groups = cuda_native.DTYPES[logits.dtype], _groups(logits, grad, out, terms)
+    scratch = out.new_empty(module.gan_loss_scratch(dtype, groups))
+    cuda_native.run(module.gan_loss, logits, dtype, groups, out.data_ptr(), scratch.data_ptr())
 
 
 def _triton(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> None:
     from pygan.kernels import gan_loss as kernels
 
     kernels.gan_loss(logits, grad, out, terms)
+
+
+_KERNELS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton}
 
 
 class _GanLoss(torch.autograd.Function):
@@ -101,7 +121,7 @@ class _GanLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         grad = torch.empty_like(logits)
         out = torch.empty(1 + len(terms), dtype=torch.float32, device=logits.device)
-        (_cpu if chosen == "cpu" else _triton)(logits, grad, out, terms)
+        _KERNELS[chosen](logits, grad, out, terms)
         ctx.save_for_backward(logits, grad)
         ctx.terms = terms
         loss, probabilities = out[0].clone(), out[1:].clone()
@@ -124,6 +144,7 @@ def gan_loss(logits: Tensor, terms: tuple[Term, ...], impl: str = "auto") -> tup
         "gan_loss",
         impl,
         [
+            ("cuda", lambda: _supports_cuda(logits, terms)),
             ("triton", lambda: _supports_triton(logits, terms)),
             ("cpu", lambda: _supports_cpu(logits, terms)),
             ("torch", dispatch.always),

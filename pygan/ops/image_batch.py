@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, map_memory, native
+from pygan.ops import cuda_native, dispatch, map_memory, native
 
 
 def image_batch_ref(
@@ -35,6 +35,19 @@ def _supports_cpu(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | No
     if not images.is_contiguous():
         return "the images are not contiguous as [N, H, W, C]"
     return native.reason()
+
+
+def _supports_cuda(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | None:
+    if dtype not in cuda_native.DTYPES:
+        return f"the dtype is {dtype}, not float32, bfloat16 or float16"
+    if not images.is_contiguous():
+        return "the images are not contiguous as [N, H, W, C]"
+    for tensor in (images, index):
+        if tensor.device.type != "cuda":
+            return f"a tensor is on {tensor.device}, not on a GPU"
+    if index.device != images.device:
+        return f"the index is on {index.device}, not on {images.device}"
+    return cuda_native.reason()
 
 
 def _supports_triton(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | None:
@@ -64,10 +77,29 @@ def _cpu(out: Tensor, images: Tensor, index: Tensor, flip: Tensor | None) -> Non
     )
 
 
+def _cuda(out: Tensor, images: Tensor, index: Tensor, flip: Tensor | None) -> None:
+    module = cuda_native.load()
+    assert module is not None
+    cuda_native.run(
+        module.image_batch,
+        images,
+        images.data_ptr(),
+        *images.shape,
+        index.data_ptr(),
+        native.address(flip),
+        index.numel(),
+        cuda_native.DTYPES[out.dtype],
+        out.data_ptr(),
+    )
+
+
 def _triton(out: Tensor, images: Tensor, index: Tensor, flip: Tensor | None) -> None:
     from pygan.kernels import image_batch as kernels
 
     kernels.image_batch(out, images, index, flip)
+
+
+_KERNELS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton}
 
 
 def image_batch(
@@ -93,6 +125,7 @@ def image_batch(
         "image_batch",
         impl,
         [
+            ("cuda", lambda: _supports_cuda(images, index, dtype)),
             ("triton", lambda: _supports_triton(images, index, dtype)),
             ("cpu", lambda: _supports_cpu(images, index, dtype)),
             ("torch", dispatch.always),
@@ -113,5 +146,5 @@ def image_batch(
     else:
         out = torch.empty(size, dtype=dtype, device=images.device)
     flip = None if flip is None else flip.contiguous()
-    (_cpu if chosen == "cpu" else _triton)(out, images, index.contiguous(), flip)
+    _KERNELS[chosen](out, images, index.contiguous(), flip)
     return out.permute(0, 3, 1, 2)

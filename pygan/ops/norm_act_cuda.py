@@ -1,0 +1,184 @@
+"""The CUDA kernels of :mod:`pygan.ops.norm_act`, which has the definitions: statistics per group
+of the batch, running statistics, forward and backward, in both memory layouts.
+
+Tensors are on a GPU: x ``[N, C, *]`` float32, bfloat16 or float16, everything ``[C]`` float32.
+Nothing here synchronises; scratch comes from torch's allocator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pygan.ops import cuda_native, dispatch
+from pygan.ops.native import address
+
+ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4}
+
+
+def supports(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """Reason that the kernels cannot take these tensors, or None."""
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        if parameter.dtype is not torch.float32:
+            return f"a parameter or buffer is {parameter.dtype}, not float32"
+        if parameter.device != x.device:
+            return f"a parameter or buffer is on {parameter.device}, not on {x.device}"
+        if not parameter.is_contiguous():
+            return "a parameter or buffer is not contiguous"
+        if parameter.shape != x.shape[1:2]:
+            return f"a parameter or buffer of shape {tuple(parameter.shape)} does not fit the input"
+    return dispatch.supports_cuda(x)
+
+
+def _dense(x: Tensor) -> tuple[Tensor, int]:
+    """x in a layout the kernels address (itself wherever that is possible), and the layout."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last):
+        return x, 0
+    return x.contiguous(), 0 if x.dim() == 2 else 1
+
+
+def _module() -> ModuleType:
+    module = cuda_native.load()
+    assert module is not None
+    return module
+
+
+def _shape(x: Tensor, layout: int, settings: Any) -> Any:
+    return _module().NormActShape(
+        cuda_native.DTYPES[x.dtype],
+        layout,
+        x.shape[0],
+        x.shape[1],
+        x.shape[2:].numel(),
+        settings.groups,
+        ACTIVATIONS[settings.activation],
+        settings.negative_slope,
+    )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Any,
+    given: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y, and mean and invstd as ``[2, groups, C]``, ``given`` or of x."""
+    x, layout = _dense(x.detach())
+    y = torch.empty_like(x)
+    found = _run_forward(
+        x, layout, weight, bias, running_mean, running_var, settings, y=y, given=given
+    )
+    return y, found
+
+
+def statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, settings: Any
+) -> Tensor:
+    """Mean and invstd of x as ``[2, groups, C]``; the running statistics follow them."""
+    x, layout = _dense(x.detach())
+    return _run_forward(x, layout, None, None, running_mean, running_var, settings)
+
+
+def _run_forward(
+    x: Tensor,
+    layout: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Any,
+    *,
+    y: Tensor | None = None,
+    given: Tensor | None = None,
+) -> Tensor:
+    module, shape = _module(), _shape(x, layout, settings)
+    training = settings.training and given is None
+    if given is not None:
+        found = given
+    elif training:
+        found = x.new_empty((2, settings.groups, x.shape[1]), dtype=torch.float32)
+    else:
+        assert running_mean is not None and running_var is not None
+        found = torch.stack([running_mean, torch.rsqrt(running_var + settings.eps)])
+        if y is None:
+            return found.view(2, 1, -1)
+    scratch = x.new_empty(module.norm_act_scratch(shape), dtype=torch.float64)
+    cuda_native.run(
+        module.norm_act_forward,
+        x,
+        shape,
+        x.data_ptr(),
+        address(weight),
+        address(bias),
+        training,
+        settings.eps,
+        settings.momentum,
+        address(running_mean) if training else 0,
+        address(running_var) if training else 0,
+        address(y),
+        *_halves(found),
+        0,
+        scratch.data_ptr(),
+    )
+    if training and running_mean is not None and running_var is not None:
+        torch.autograd.graph.increment_version([running_mean, running_var])
+    return found
+
+
+def _halves(found: Tensor) -> tuple[int, int]:
+    """Addresses of mean and invstd."""
+    mean = found.data_ptr()
+    return mean, mean + found.numel() // 2 * found.element_size()
+
+
+def backward(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    wants: Sequence[bool],
+    settings: Any,
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, each where wanted; ``in_place`` leaves that of x in dy,
+    which then has x's layout."""
+    module = _module()
+    x, layout = _dense(x.detach())
+    if dy.stride() != x.stride() or dy.dtype != x.dtype:
+        dy = torch.empty_like(x).copy_(dy)
+    shape = _shape(x, layout, settings)
+    dx = None
+    if wants[0]:
+        dx = dy if in_place else torch.empty_like(x)
+    dweight = torch.empty_like(weight) if wants[1] and weight is not None else None
+    dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
+    scratch = x.new_empty(module.norm_act_scratch(shape), dtype=torch.float64)
+    cuda_native.run(
+        module.norm_act_backward,
+        x,
+        shape,
+        x.data_ptr(),
+        dy.data_ptr(),
+        address(weight),
+        address(bias),
+        *_halves(statistics),
+        settings.training,
+        address(dx),
+        address(dweight),
+        address(dbias),
+        scratch.data_ptr(),
+    )
+    return dx, dweight, dbias
