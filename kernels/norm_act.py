@@ -20,14 +20,15 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 4096
+TILE = 2048
+WARPS = 8  # 8 values a thread; more spill on some GPU
 # Values a channel that one program alone takes through statistics and application.
 WHOLE_ROWS = 2048
 WHOLE_ROWS_OF_MANY = 32768  # where there are at least MANY programs
 MANY = 128
 PROGRAMS = 512  # of the kernels that deal with blocks of rows
 LONGEST = 64  # tiles a program; bounds the cancellation in its shifted sums
-MERGED = 64  # partial sums of MERGED_CHANNELS channels that are merged at a time
+MERGED = 32  # partial sums of MERGED_CHANNELS channels that are merged at a time
 MERGED_CHANNELS = 16
 WIDEST = 64  # channels of a tile
 
@@ -470,6 +471,7 @@ def statistics_and_values(
         CHANNELS_LAST=map.channels_last,
         BLOCK_R=map.BLOCK_R,
         BLOCK_C=map.BLOCK_C,
+        num_warps=WARPS,
     )
     channel_blocks = triton.cdiv(map.channels, MERGED_CHANNELS)
     norm_act_merge_kernel[(channel_blocks * (map.groups // run),)](
@@ -505,4 +507,5 @@ def values(
         CHANNELS_LAST=map.channels_last,
         BLOCK_R=map.BLOCK_R,
         BLOCK_C=map.BLOCK_C,
+        num_warps=WARPS,
     )

@@ -9,6 +9,7 @@ import triton.language as tl
 from pygan.kernels.norm_act import (
     MERGED,
     MERGED_CHANNELS,
+    WARPS,
     Map,
     _offsets,
     _per_channel,
@@ -373,6 +374,7 @@ def gradients(
         "CHANNELS_LAST": map.channels_last,
         "BLOCK_R": map.BLOCK_R,
         "BLOCK_C": map.BLOCK_C,
+        "num_warps": WARPS,
     }
     where = (map.channels, map.size, map.groups)
     parameters = dweight is not None or dbias is not None

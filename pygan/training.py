@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pygan
-from pygan import checkpoint, cli, data, models
+from pygan import checkpoint, cli, data, models, power
 from pygan.cli import Failure
 from pygan.config import Config, fixed
 from pygan.data import ImageSet
@@ -268,6 +268,7 @@ class Training:
         self.count = 0
         self._tick = self._last_log = time.perf_counter()
         self._events: SummaryWriter | None = None
+        self._power = power.PowerLog(device)
 
     def state(self) -> dict[str, Any]:
         """The whole state of the run between two steps."""
@@ -373,13 +374,14 @@ class Training:
     def _epoch(self) -> int:
         return max(self.step - 1, 0) // self.per_epoch
 
-    def _log(self) -> dict[str, float]:
+    def _log(self) -> dict[str, Any]:
         values = self._numbers()
         now = time.perf_counter()
         self.seconds += now - self._tick
         rate = self.count * self.config.batch_size / (now - self._last_log)
         self._tick = self._last_log = now
         row = {"step": self.step, "epoch": self._epoch(), **dict(zip(NUMBERS, values, strict=True))}
+        drawn = self._power.since_last(self.count * self.config.batch_size)
         self.sums.zero_()
         self.count = 0
         with self.folder.failing("the TensorBoard events"):
@@ -387,6 +389,7 @@ class Training:
             for name, value in (*zip(NUMBERS, values, strict=True), ("images_per_s", rate)):
                 self._events.add_scalar(name, value, self.step)
         row = {**row, "images_per_s": round(rate, 2), "seconds": round(self.seconds, 3)}
+        row |= drawn
         self.folder.log(row)
         return row
 

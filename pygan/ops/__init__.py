@@ -6,9 +6,9 @@ from pygan.ops import cuda_native, dispatch, native
 
 # Fastest first, as dispatch tries them.
 _OFFERED = {
-    "strided_conv": ("cpu", "torch"),
+    "strided_conv": ("cuda", "triton", "cpu", "torch"),
     "folded_conv": ("cpu", "torch"),
-    "norm_act": ("cpu", "torch"),
+    "norm_act": ("cuda", "triton", "cpu", "torch"),
     "gan_loss": ("cuda", "triton", "cpu", "torch"),
     "image_batch": ("cuda", "triton", "cpu", "torch"),
 }

@@ -86,6 +86,8 @@ def triton_reason() -> str | None:
 
 def gpu_reason() -> str | None:
     """Why no kernels of pygan run on a GPU of this machine, or None."""
+    if cuda_native.reason() is None:
+        return None
     return triton_reason()
 
 

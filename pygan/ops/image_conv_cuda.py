@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from pygan.ops import cuda_native, dispatch
-from pygan.ops.native import address
-from pygan.ops.norm_act_cuda import ACTIVATIONS
+from pygan.ops.native import ACTIVATIONS, address
 
 BIG_CHANNELS = 4  # at most
 

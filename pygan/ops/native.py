@@ -18,6 +18,7 @@ from pygan.errors import UserError
 BUILD_LOG = Path(__file__).resolve().parent.parent / "_build_log.txt"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4}
 
 
 @functools.cache

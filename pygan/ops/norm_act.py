@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, map_memory, native, norm_act_triton
-
-ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4}
+from pygan.ops import dispatch, map_memory, native, norm_act_cuda, norm_act_triton
+from pygan.ops.dense import dense
+from pygan.ops.native import ACTIVATIONS
 
 _context = threading.local()
 
@@ -100,6 +100,10 @@ def supports_cpu(x: Tensor, *parameters: Tensor | None) -> str | None:
     return _unfit(x, parameters) or dispatch.supports_cpu(x)
 
 
+def _supports_cuda(x: Tensor, *parameters: Tensor | None) -> str | None:
+    return _unfit(x, parameters) or norm_act_cuda.supports(x)
+
+
 def _supports_triton(x: Tensor, *parameters: Tensor | None) -> str | None:
     return _unfit(x, parameters) or norm_act_triton.supports(x)
 
@@ -118,15 +122,6 @@ def _unfit(x: Tensor, parameters: Sequence[Tensor | None]) -> str | None:
         if parameter.shape != x.shape[1:2]:
             return f"a parameter or buffer of shape {tuple(parameter.shape)} does not fit the input"
     return None
-
-
-def _dense(x: Tensor) -> tuple[Tensor, int]:
-    """x in a layout the kernels address (itself wherever that is possible), and the layout."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(x.dim())
-    if last is not None and x.is_contiguous(memory_format=last):
-        return x, 0
-    return x.contiguous(), 0 if x.dim() == 2 else 1
 
 
 def _shape(module: ModuleType, x: Tensor, layout: int, settings: Settings) -> Any:
@@ -154,7 +149,7 @@ def _cpu_forward(
     given: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y, and mean and invstd as ``[2, groups, C]``, ``given`` or of x."""
-    x, layout = _dense(x)
+    x, layout = dense(x)
     y = map_memory.empty_like(x)
     statistics = _run_forward(
         x, layout, weight, bias, running_mean, running_var, settings, y=y.data_ptr(), given=given
@@ -167,7 +162,7 @@ def statistics(
 ) -> Tensor:
     """Mean and invstd of x as ``[2, groups, C]``, for ``given`` of :func:`norm_act`; the running
     statistics follow them. For what ``supports_cpu`` takes."""
-    x, layout = _dense(x.detach())
+    x, layout = dense(x.detach())
     return _run_forward(x, layout, None, None, running_mean, running_var, settings)
 
 
@@ -259,7 +254,7 @@ def cpu_backward(
     which then has x's layout."""
     module = native.load()
     assert module is not None
-    x, layout = _dense(x)
+    x, layout = dense(x)
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
         dy = map_memory.empty_like(x).copy_(dy)
     shape = _shape(module, x, layout, settings)
@@ -287,40 +282,6 @@ def cpu_backward(
     return dx, dweight, dbias
 
 
-def _triton_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    settings: Settings,
-    given: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    x, layout = _dense(x)
-    found = norm_act_triton.forward(
-        x, layout == 0, weight, bias, running_mean, running_var, settings, given
-    )
-    follows = settings.training and given is None
-    if follows and running_mean is not None and running_var is not None:
-        torch.autograd.graph.increment_version([running_mean, running_var])
-    return found
-
-
-def _triton_backward(
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    wants: Sequence[bool],
-    settings: Settings,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, layout = _dense(x)
-    if dy.stride() != x.stride() or dy.dtype != x.dtype:
-        dy = torch.empty_like(x).copy_(dy)
-    return norm_act_triton.backward(x, layout == 0, dy, weight, bias, statistics, wants, settings)
-
-
 class _Kernels(NamedTuple):
     """An implementation: y and the statistics, and the gradients that are wanted."""
 
@@ -330,7 +291,8 @@ class _Kernels(NamedTuple):
 
 _KERNELS = {
     "cpu": _Kernels(_cpu_forward, cpu_backward),
-    "triton": _Kernels(_triton_forward, _triton_backward),
+    "cuda": _Kernels(norm_act_cuda.forward, norm_act_cuda.backward),
+    "triton": _Kernels(norm_act_triton.forward, norm_act_triton.backward),
 }
 
 
@@ -441,6 +403,7 @@ def _chosen(impl: str, x: Tensor, *parameters: Tensor | None) -> str:
     if impl == "auto" and dispatch.wished() == "auto" and supports_cpu(x, *parameters) is None:
         return "cpu"
     candidates = [
+        ("cuda", lambda: _supports_cuda(x, *parameters)),
         ("triton", lambda: _supports_triton(x, *parameters)),
         ("cpu", lambda: supports_cpu(x, *parameters)),
         ("torch", dispatch.always),

@@ -15,34 +15,15 @@ import torch
 from torch import Tensor
 
 from pygan.ops import cuda_native, dispatch
-from pygan.ops.native import address
+from pygan.ops.dense import dense
+from pygan.ops.native import ACTIVATIONS, address
 
-ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4}
 
-
-def supports(x: Tensor, *parameters: Tensor | None) -> str | None:
-    """Reason that the kernels cannot take these tensors, or None."""
-    for parameter in parameters:
-        if parameter is None:
-            continue
-        if parameter.dtype is not torch.float32:
-            return f"a parameter or buffer is {parameter.dtype}, not float32"
-        if parameter.device != x.device:
-            return f"a parameter or buffer is on {parameter.device}, not on {x.device}"
-        if not parameter.is_contiguous():
-            return "a parameter or buffer is not contiguous"
-        if parameter.shape != x.shape[1:2]:
-            return f"a parameter or buffer of shape {tuple(parameter.shape)} does not fit the input"
+def supports(x: Tensor) -> str | None:
+    """Reason that the kernels cannot take x, or None."""
+    if x.numel() == 0:
+        return "the input is empty"
     return dispatch.supports_cuda(x)
-
-
-def _dense(x: Tensor) -> tuple[Tensor, int]:
-    """x in a layout the kernels address (itself wherever that is possible), and the layout."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(x.dim())
-    if last is not None and x.is_contiguous(memory_format=last):
-        return x, 0
-    return x.contiguous(), 0 if x.dim() == 2 else 1
 
 
 def _module() -> ModuleType:
@@ -74,7 +55,7 @@ def forward(
     given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y, and mean and invstd as ``[2, groups, C]``, ``given`` or of x."""
-    x, layout = _dense(x.detach())
+    x, layout = dense(x.detach())
     y = torch.empty_like(x)
     found = _run_forward(
         x, layout, weight, bias, running_mean, running_var, settings, y=y, given=given
@@ -86,7 +67,7 @@ def statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, settings: Any
 ) -> Tensor:
     """Mean and invstd of x as ``[2, groups, C]``; the running statistics follow them."""
-    x, layout = _dense(x.detach())
+    x, layout = dense(x.detach())
     return _run_forward(x, layout, None, None, running_mean, running_var, settings)
 
 
@@ -156,7 +137,7 @@ def backward(
     """Gradients of x, weight and bias, each where wanted; ``in_place`` leaves that of x in dy,
     which then has x's layout."""
     module = _module()
-    x, layout = _dense(x.detach())
+    x, layout = dense(x.detach())
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
         dy = torch.empty_like(x).copy_(dy)
     shape = _shape(x, layout, settings)

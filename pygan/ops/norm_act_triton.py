@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from pygan.ops import dispatch
+from pygan.ops.dense import dense
+from pygan.ops.native import ACTIVATIONS
 
 if TYPE_CHECKING:
     from pygan.kernels.norm_act import Map
     from pygan.ops.norm_act import Settings
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4}
 _ADDRESSED = 2**31  # values that a program may count
 
 
@@ -38,16 +39,15 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _map(x: Tensor, channels_last: bool, groups: int) -> Map:
+def _map(x: Tensor, layout: int, groups: int) -> Map:
     from pygan.kernels import norm_act as kernels
 
     size = x.shape[2:].numel()
-    return kernels.cut(x.shape[0] // groups * size, x.shape[1], size, groups, channels_last)
+    return kernels.cut(x.shape[0] // groups * size, x.shape[1], size, groups, layout == 0)
 
 
 def forward(
     x: Tensor,
-    channels_last: bool,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -55,11 +55,12 @@ def forward(
     settings: Settings,
     given: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y, and mean and invstd as ``[2, groups, C]``, ``given`` or of a dense x."""
+    """y, and mean and invstd as ``[2, groups, C]``, ``given`` or of x."""
     from pygan.kernels import norm_act as kernels
 
+    x, layout = dense(x)
     training, momentum, eps, activation, slope, groups = settings
-    y, map, f = torch.empty_like(x), _map(x, channels_last, groups), _ACTIVATIONS[activation]
+    y, map, f = torch.empty_like(x), _map(x, layout, groups), ACTIVATIONS[activation]
     running = None
     if running_mean is not None and running_var is not None and given is None:
         running = running_mean, running_var
@@ -73,12 +74,13 @@ def forward(
             )
         else:
             kernels.values(y, found, running, x, weight, bias, map, eps, f, slope)
+    if training and running is not None:
+        torch.autograd.graph.increment_version(list(running))
     return y, found
 
 
 def backward(
     x: Tensor,
-    channels_last: bool,
     dy: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -86,18 +88,21 @@ def backward(
     wants: Sequence[bool],
     settings: Settings,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, each where wanted; dy has the strides of a dense x."""
+    """Gradients of x, weight and bias, each where wanted."""
     from pygan.kernels import norm_act_grad as kernels
 
+    x, layout = dense(x)
+    if dy.stride() != x.stride() or dy.dtype != x.dtype:
+        dy = torch.empty_like(x).copy_(dy)
     dx = torch.empty_like(x) if wants[0] else None
     dweight = torch.empty_like(weight) if wants[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
     with _on(x):
         kernels.gradients(
             *(dx, dweight, dbias, x, dy, statistics, weight, bias),
-            _map(x, channels_last, settings.groups),
+            _map(x, layout, settings.groups),
             settings.training,
-            _ACTIVATIONS[settings.activation],
+            ACTIVATIONS[settings.activation],
             settings.negative_slope,
         )
     return dx, dweight, dbias

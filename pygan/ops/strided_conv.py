@@ -24,8 +24,9 @@ A ReLU or LeakyReLU behind down runs with it where the direct kernels take all t
 y = act(down(big, w)) and gate = 1 where y > 0, else the slope, the gradients are those of down
 with dy * gate in dy's place, multiplied as the kernels read dy.
 
-On a GPU the passes are Triton's implicit GEMMs over the same parities, where these are measured to
-be faster than cuDNN; see :mod:`pygan.ops.strided_conv_triton`.
+On a GPU the passes are Triton's implicit GEMMs over the same parities, or kernels of CUDA where
+big is an image, wherever these are measured to be faster than cuDNN; see
+:mod:`pygan.ops.strided_conv_gpu`.
 
 Saved: the input where the weight wants a gradient, the weight where the input does, and y where
 there is an activation. Gradient order: input, weight, bias. Source: Lavin and Gray 2016,
@@ -44,7 +45,14 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, few_positions, map_memory, native, strided_conv_triton
+from pygan.ops import (
+    dispatch,
+    few_positions,
+    image_conv_cuda,
+    map_memory,
+    native,
+    strided_conv_gpu,
+)
 from pygan.ops.matrix_product import matrix_product
 
 METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
@@ -112,7 +120,7 @@ class _Layer(NamedTuple):
     weight_grad: _Kernel | None
     refused: tuple[str, ...]  # passes that the named method does not take
     # Who runs the passes of maps that are not the CPU's.
-    triton: strided_conv_triton.Passes | None = None
+    gpu: strided_conv_gpu.Passes | None = None
 
     @property
     def native(self) -> bool:
@@ -126,6 +134,8 @@ class _Layer(NamedTuple):
 
     @property
     def takes_activation(self) -> bool:
+        if self.gpu is not None:
+            return self.gpu.take_activation
         return all(
             k and k.method == METHODS["direct"] for k in (self.up, self.down, self.weight_grad)
         )
@@ -218,8 +228,9 @@ def run_up(
     takes a channels_last ``gate``, only one that normalizes small ``coefficients``."""
     kernel, dtype = layer.up, small.dtype
     if kernel is None:
-        if layer.triton is not None and (config := layer.triton.up) is not None:
-            big = strided_conv_triton.up(layer.triton.shape, config, small, weight, bias)
+        if layer.gpu is not None and (config := layer.gpu.up) is not None:
+            operands = (small, weight, bias, gate, negative_slope)
+            big = strided_conv_gpu.up(layer.gpu.shape, config, *operands)
             return _in_format(big, last)
         odd = [layer.big_size[i] - 2 * layer.small_size[i] for i in (2, 3)]
         bias = None if bias is None else bias.to(dtype)
@@ -258,8 +269,9 @@ def run_down(
     is given one, only one that normalizes big ``coefficients``."""
     kernel, dtype = layer.down, big.dtype
     if kernel is None:
-        if layer.triton is not None and (config := layer.triton.down) is not None:
-            small = strided_conv_triton.down(layer.triton.shape, config, big, weight, bias)
+        if layer.gpu is not None and (config := layer.gpu.down) is not None:
+            operands = (big, weight, bias, activation, negative_slope)
+            small = strided_conv_gpu.down(layer.gpu.shape, config, *operands)
             return _in_format(small, last)
         bias = None if bias is None else bias.to(dtype)
         small = torch.convolution(
@@ -297,8 +309,9 @@ def run_weight_grad(
     :func:`run_up`."""
     kernel = layer.weight_grad
     if kernel is None:
-        if layer.triton is not None and (config := layer.triton.weight_grad) is not None:
-            return strided_conv_triton.weight_grad(layer.triton.shape, config, small, big)
+        if layer.gpu is not None and (config := layer.gpu.weight_grad) is not None:
+            maps = (small, big, gate, negative_slope)
+            return strided_conv_gpu.weight_grad(layer.gpu.shape, config, *maps)
         return weight_grad_ref(small, big).float().contiguous(memory_format=layer.weight_format)
     module = native.load()
     assert module is not None
@@ -445,7 +458,8 @@ def _sizes(
     return (batch, a, height // 2, width // 2), (batch, b, height, width)
 
 
-def _supports_triton(
+def _supports_gpu(
+    name: str,
     conv_pass: str,
     x: Tensor,
     weight: Tensor,
@@ -453,16 +467,21 @@ def _supports_triton(
     output_padding: Sequence[int],
     named: bool,
 ) -> str | None:
-    """Reason that Triton's kernels cannot take x, or are not to unless they are ``named``."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    reason = strided_conv_triton.supports(tensors, _autocast_dtype(x.device.type))
+    """Reason that the kernels ``name``, "triton" or "cuda", cannot take x, or are not to unless
+    they are ``named``."""
+    side = 0 if conv_pass == "up" else 1
+    if name == "cuda":
+        reason = image_conv_cuda.supports(x, weight, bias, side)
+    else:
+        tensors = (x, weight) if bias is None else (x, weight, bias)
+        reason = strided_conv_gpu.supports(tensors, _autocast_dtype(x.device.type))
     if reason is None:
-        reason = _misfit(x, weight, bias, 0 if conv_pass == "up" else 1, (4, 4))
+        reason = _misfit(x, weight, bias, side, (4, 4))
     if reason is None and not (named or is_last(x) or is_last(weight)):
         reason = "neither the input nor the weight is channels_last"
     if reason is not None:
         return reason
-    return strided_conv_triton.supports_sizes(*_sizes(conv_pass, x, weight, output_padding))
+    return strided_conv_gpu.supports_sizes(*_sizes(conv_pass, x, weight, output_padding))
 
 
 class Call(NamedTuple):
@@ -499,18 +518,20 @@ def prepare(
     if impl != "auto" or _supports_cpu(x, weight, bias, side) is not None:
         operands = (x, weight, bias, output_padding, impl != "auto")
         candidates = [
-            ("triton", lambda: _supports_triton(conv_pass, *operands)),
+            ("cuda", lambda: _supports_gpu("cuda", conv_pass, *operands)),
+            ("triton", lambda: _supports_gpu("triton", conv_pass, *operands)),
             ("cpu", lambda: _supports_cpu(x, weight, bias, side)),
             ("torch", dispatch.always),
         ]
         chosen = dispatch.choose("strided_conv", impl, candidates)
         if chosen != "cpu":
             if method != "auto":
-                whose = "torch" if chosen == "torch" else "Triton"
-                raise UserError(f"method {method!r} is of the cpu implementation, not of {whose}'s")
+                raise UserError(
+                    f"method {method!r} is of the cpu implementation, not of {chosen}'s"
+                )
             if chosen == "torch" or normalized:
                 return None
-            return _prepare_triton(conv_pass, *operands)
+            return _prepare_gpu(conv_pass, *operands[:-1], None if impl == "auto" else chosen)
     small_size, big_size = _sizes(conv_pass, x, weight, output_padding)
     autocast, named = _autocast_dtype(), method != "auto"
     layer = _layer(
@@ -537,22 +558,22 @@ def prepare(
     return Call(x, weight.float(), None if bias is None else bias.float().contiguous(), layer, last)
 
 
-def _prepare_triton(
+def _prepare_gpu(
     conv_pass: str,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     output_padding: Sequence[int],
-    named: bool,
+    named: str | None,
 ) -> Call | None:
     autocast = _autocast_dtype(x.device.type)
     if autocast is not None:
         x = x.to(autocast)
     weight_format = _LAST if weight.is_contiguous(memory_format=_LAST) else _FIRST
     sizes = _sizes(conv_pass, x, weight, output_padding)
-    precision = strided_conv_triton.precision(x.dtype)
-    shape = strided_conv_triton.Shape(x.dtype, weight_format, *sizes, precision)
-    passes = strided_conv_triton.passes(shape, x.device, named)
+    precision = strided_conv_gpu.precision(x.dtype)
+    shape = strided_conv_gpu.Shape(x.dtype, weight_format, *sizes, precision)
+    passes = strided_conv_gpu.passes(shape, x.device, named)
     if not (passes.up or passes.down or passes.weight_grad):
         return None
     layer = _Layer(*sizes, weight_format, None, None, None, (), passes)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pygan.errors import UserError
 from pygan.functional import conv2d
+from pygan.ops import cuda_native, image_conv_cuda, strided_conv_gpu, tuning
 from pygan.ops import strided_conv as op
-from pygan.ops import strided_conv_triton, tuning
 
 pytest.importorskip("triton")
 
@@ -251,7 +251,7 @@ def test_every_shape_has_a_configuration() -> None:
         assert all(c.flat or b % c.block_n == 0 for c in found)
 
 
-SHAPE = strided_conv_triton.Shape(torch.bfloat16, LAST, (2, 64, 4, 4), (2, 32, 8, 8), "tf32")
+SHAPE = strided_conv_gpu.Shape(torch.bfloat16, LAST, (2, 64, 4, 4), (2, 32, 8, 8), "tf32")
 
 
 @pytest.fixture
@@ -275,13 +275,13 @@ def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             return tuning.Tuner.choose(self.tuner, key, candidates, baseline)
 
     machine = Machine()
-    monkeypatch.setattr(strided_conv_triton, "_interpreted", lambda: False)
-    monkeypatch.setattr(strided_conv_triton, "_capturing", lambda: machine.capturing)
+    monkeypatch.setattr(strided_conv_gpu, "_interpreted", lambda: False)
+    monkeypatch.setattr(strided_conv_gpu, "_capturing", lambda: machine.capturing)
     monkeypatch.setattr(tuning, "device_stamp", lambda device: "a GPU")
-    monkeypatch.setattr(strided_conv_triton, "_tuner", lambda stamp: machine.tuner)
-    strided_conv_triton._passes.cache_clear()
+    monkeypatch.setattr(strided_conv_gpu, "_tuner", lambda stamp: machine.tuner)
+    strided_conv_gpu._passes.cache_clear()
     yield machine
-    strided_conv_triton._passes.cache_clear()
+    strided_conv_gpu._passes.cache_clear()
 
 
 def test_random_numbers_stay_those_of_the_training(tuner: Any) -> None:
@@ -291,40 +291,54 @@ def test_random_numbers_stay_those_of_the_training(tuner: Any) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def passes(named: bool = False) -> strided_conv_triton.Passes:
-    return strided_conv_triton.passes(SHAPE, torch.device("cpu"), named)
+def passes(named: str | None = None) -> strided_conv_gpu.Passes:
+    return strided_conv_gpu.passes(SHAPE, torch.device("cpu"), named)
 
 
 def test_the_fastest_way_runs(tuner: Any) -> None:
-    fast = strided_conv_triton._configs(SHAPE, "down")[-1]
-    tuner.times = {strided_conv_triton._name(fast): 0.5}
+    fast = strided_conv_gpu._configs(SHAPE, "down")[-1]
+    tuner.times = {strided_conv_gpu._name(fast): 0.5}
     found = passes()
     assert found.down == fast
-    assert found.up is None or strided_conv_triton._name(found.up) in tuner.times
+    assert found.up is None or strided_conv_gpu._name(found.up) in tuner.times
     assert len(tuner.asked) == 3
     assert passes() is found
-    strided_conv_triton._passes.cache_clear()
+    strided_conv_gpu._passes.cache_clear()
     assert passes() == found
     assert len(tuner.asked) == 3  # a second process asks the file
 
 
 def test_torch_stays_where_nothing_is_faster(tuner: Any) -> None:
     assert passes()[1:] == (None, None, None)
-    named = passes(named=True)
+    named = passes(named="triton")
     assert all(config is not None for config in named[1:])
 
 
 def test_nothing_is_timed_during_capture(tuner: Any) -> None:
     tuner.capturing = True
     assert passes()[1:] == (None, None, None)
-    first = tuple(strided_conv_triton._configs(SHAPE, p)[0] for p in strided_conv_triton.PASSES)
-    assert passes(named=True)[1:] == first
+    first = tuple(strided_conv_gpu._configs(SHAPE, p)[0] for p in strided_conv_gpu.PASSES)
+    assert passes(named="triton")[1:] == first
     assert tuner.asked == []
     tuner.capturing = False
-    tuner.times = {strided_conv_triton._name(config): 0.5 for config in first}
+    tuner.times = {strided_conv_gpu._name(config): 0.5 for config in first}
     assert any(config is not None for config in passes()[1:])
     tuner.capturing = True
     assert any(config is not None for config in passes()[1:])
+
+
+def test_image_layers_may_be_cudas(tuner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = strided_conv_gpu.Shape(torch.bfloat16, LAST, (2, 64, 4, 4), (2, 3, 8, 8), "tf32")
+    device = torch.device("cpu")
+    monkeypatch.setattr(cuda_native, "reason", lambda: None)
+    for conv_pass in strided_conv_gpu.PASSES:
+        monkeypatch.setattr(image_conv_cuda, conv_pass, lambda *given: None)
+    tuner.times = {"cuda": 0.5}
+    assert passes()[1:] == (None, None, None)  # of 32 channels
+    found = strided_conv_gpu.passes(images, device, None)
+    assert found[1:] == ("cuda", "cuda", "cuda") and found.take_activation
+    assert "cuda" not in strided_conv_gpu.passes(images, device, "triton")[1:]
+    assert strided_conv_gpu.passes(SHAPE, device, "cuda").take_activation
 
 
 def test_precision_is_that_of_torchs_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,22 +347,22 @@ def test_precision_is_that_of_torchs_convolutions(monkeypatch: pytest.MonkeyPatc
         for allowed in (False, True):
             torch.backends.cudnn.allow_tf32 = allowed
             expected = "tf32" if allowed else "ieee"
-            assert strided_conv_triton.precision(torch.float32) == expected
+            assert strided_conv_gpu.precision(torch.float32) == expected
     finally:
         torch.backends.cudnn.allow_tf32 = before
 
 
 def test_contiguous_maps_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strided_conv_triton, "supports", lambda *given: None)
+    monkeypatch.setattr(strided_conv_gpu, "supports", lambda *given: None)
     x, weight = torch.randn(2, 6, 8, 8), torch.randn(5, 6, 4, 4)
 
     def reason(*operands: Tensor, named: bool = False) -> str | None:
-        return op._supports_triton("down", *operands, None, (0, 0), named)
+        return op._supports_gpu("triton", "down", *operands, None, (0, 0), named)
 
     assert "channels_last" in (reason(x, weight) or "")
     assert reason(x, weight, named=True) is None
     assert reason(x.contiguous(memory_format=LAST), weight) is None
     assert reason(x, weight.contiguous(memory_format=LAST)) is None
     assert "do not lie" in (
-        op._supports_triton("up", torch.randn(2, 5, 4, 4), weight, None, (2, 0), True) or ""
+        op._supports_gpu("triton", "up", torch.randn(2, 5, 4, 4), weight, None, (2, 0), True) or ""
     )

@@ -68,6 +68,47 @@ def variants() -> list[Any]:
         found.append(
             pytest.param(gan_loss.gan_loss_sum_kernel, types, constants, id=f"gan_loss_sum-{terms}")
         )
+    return found + norm_act_variants()
+
+
+def norm_act_variants() -> list[Any]:
+    """Every kernel in both layouts, in bfloat16 and with all that it may be given."""
+    from pygan.kernels import norm_act, norm_act_grad
+
+    scalars = ("momentum", "unbiased", "eps", "slope")
+    maps = ("p_x", "p_y", "p_dy", "p_dx")
+    found = []
+    for module in (norm_act, norm_act_grad):
+        names = [name for name in vars(module) if name.startswith("norm_act_")]
+        for name in (name for name in names if name.endswith("_kernel")):
+            kernel = getattr(module, name)
+            merges = "BLOCK_B" in kernel.arg_names
+            for channels_last in (True, False) if "CHANNELS_LAST" in kernel.arg_names else (True,):
+                tile = (norm_act.MERGED, norm_act.MERGED_CHANNELS)
+                if not merges:
+                    columns = norm_act.WIDEST if channels_last else 1
+                    tile = (norm_act.TILE // columns, columns)
+                constants = {
+                    "ACTIVATION": 3,
+                    "TRAINING": True,
+                    "CHANNELS_LAST": channels_last,
+                    "BLOCK_B" if merges else "BLOCK_R": tile[0],
+                    "BLOCK_C": tile[1],
+                }
+                taken = {k: v for k, v in constants.items() if k in kernel.arg_names}
+                types = {
+                    argument: "*bf16"
+                    if argument in maps
+                    else "*fp32"
+                    if argument.startswith("p_")
+                    else "fp32"
+                    if argument in scalars
+                    else "i32"
+                    for argument in kernel.arg_names
+                    if argument not in taken
+                }
+                layout = "last" if channels_last else "first"
+                found.append(pytest.param(kernel, types, taken, id=f"{name}-{layout}"))
     return found
 
 
@@ -90,9 +131,13 @@ def test_compiles(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from pygan.kernels import norm_act
+
     signature = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    # Kernels of tiles are launched so; the others with what Triton takes by itself.
+    options = {"num_warps": norm_act.WARPS} if "BLOCK_R" in constants else {}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.metadata.shared <= SHARED_LIMIT[capability]
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])

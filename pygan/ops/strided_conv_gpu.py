@@ -1,4 +1,5 @@
-"""The passes of ``strided_conv`` by Triton's kernels, and which configuration runs each.
+"""The passes of ``strided_conv`` on a GPU: who runs each, Triton's kernels in one of their
+configurations, CUDA's where big is an image, or torch's.
 
 On first use of a shape, outside the capture of a graph, the configurations of its three passes are
 timed against torch's own (cuDNN), which stays where none is faster beyond noise; see
@@ -19,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from pygan.ops import dispatch, tuning
+from pygan.ops import cuda_native, dispatch, image_conv_cuda, tuning
 
 PASSES = ("up", "down", "weight_grad")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA = "cuda"  # stands for the one configuration that its kernels have
 _TORCH = "torch"
 _LAST = torch.channels_last
 _PROGRAMS = 2  # of weight_grad for each multiprocessor
@@ -52,6 +54,11 @@ class Passes(NamedTuple):
     up: Any
     down: Any
     weight_grad: Any
+
+    @property
+    def take_activation(self) -> bool:
+        """Whether a ReLU or LeakyReLU behind down may run with all three."""
+        return self[1:] == (CUDA, CUDA, CUDA)
 
 
 class _Unmeasured(Exception):
@@ -114,15 +121,17 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def passes(shape: Shape, device: torch.device, named: bool) -> Passes:
-    """Who runs each pass; ``named`` leaves torch no pass."""
+def passes(shape: Shape, device: torch.device, named: str | None) -> Passes:
+    """Who runs each pass; kernels that are ``named``, "triton" or "cuda", run all."""
+    if named == CUDA:
+        return Passes(shape, CUDA, CUDA, CUDA)
     try:
         return _passes(shape, device, named)
     except _Unmeasured:
         return _unmeasured(shape, named)
 
 
-def _unmeasured(shape: Shape, named: bool) -> Passes:
+def _unmeasured(shape: Shape, named: str | None) -> Passes:
     first = (_configs(shape, conv_pass)[0] if named else None for conv_pass in PASSES)
     return Passes(shape, *first)
 
@@ -135,16 +144,18 @@ def _configs(shape: Shape, conv_pass: str) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _passes(shape: Shape, device: torch.device, named: bool) -> Passes:
+def _passes(shape: Shape, device: torch.device, named: str | None) -> Passes:
     if _interpreted():
-        return _unmeasured(shape, True)
+        return _unmeasured(shape, "triton")
     with _on(device):
         return Passes(shape, *(_choice(shape, device, named, conv_pass) for conv_pass in PASSES))
 
 
-def _choice(shape: Shape, device: torch.device, named: bool, conv_pass: str) -> Any:
+def _choice(shape: Shape, device: torch.device, named: str | None, conv_pass: str) -> Any:
     tuner = _tuner(tuning.device_stamp(device))
     by_name = {_name(config): config for config in _configs(shape, conv_pass)}
+    if named is None and _has_images(shape) and cuda_native.reason() is None:
+        by_name[CUDA] = CUDA
     names = by_name if named else {_TORCH: None} | by_name
     key = f"strided_conv {conv_pass} {shape.key}{' named' if named else ''}"
     choice = tuner.known(key, names)
@@ -157,12 +168,16 @@ def _choice(shape: Shape, device: torch.device, named: bool, conv_pass: str) -> 
     return by_name.get(choice)
 
 
+def _has_images(shape: Shape) -> bool:
+    return shape.big_size[1] <= image_conv_cuda.BIG_CHANNELS
+
+
 def _name(config: Any) -> str:
     return "-".join(str(int(part)) for part in config)
 
 
 def _candidates(
-    shape: Shape, device: torch.device, named: bool, conv_pass: str, by_name: dict[str, Any]
+    shape: Shape, device: torch.device, named: str | None, conv_pass: str, by_name: dict[str, Any]
 ) -> dict[str, Callable[[], Any]]:
     """What runs the pass once, on maps of its own."""
 
@@ -206,13 +221,36 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def up(shape: Shape, config: Any, small: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """big in channels_last of ``small [N, A, H, W]``, ``weight [A, B, 4, 4]`` in float32."""
+def up(
+    shape: Shape,
+    config: Any,
+    small: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None = None,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """big in channels_last of ``small [N, A, H, W]``, ``weight [A, B, 4, 4]`` in float32. Only
+    passes that take an activation take a ``gate``."""
+    if config == CUDA:
+        odd = (shape.big_size[2] - 2 * small.shape[2], shape.big_size[3] - 2 * small.shape[3])
+        return image_conv_cuda.up(small, weight, bias, odd, "none", gate, negative_slope)
     return _convolve("up", shape.big_size, shape, config, small, weight, bias)
 
 
-def down(shape: Shape, config: Any, big: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """small in channels_last of ``big [N, B, .., ..]``, ``weight [A, B, 4, 4]`` in float32."""
+def down(
+    shape: Shape,
+    config: Any,
+    big: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """small in channels_last of ``big [N, B, .., ..]``, ``weight [A, B, 4, 4]`` in float32. Only
+    passes that take an activation are given one."""
+    if config == CUDA:
+        return image_conv_cuda.down(big, weight, bias, activation, negative_slope)
     return _convolve("down", shape.small_size, shape, config, big, weight, bias)
 
 
@@ -237,8 +275,17 @@ def _convolve(
     return y
 
 
-def weight_grad(shape: Shape, config: Any, small: Tensor, big: Tensor) -> Tensor:
-    """float32 ``[A, B, 4, 4]`` in the weight's memory format."""
+def weight_grad(
+    shape: Shape,
+    config: Any,
+    small: Tensor,
+    big: Tensor,
+    gate: Tensor | None = None,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """float32 ``[A, B, 4, 4]`` in the weight's memory format; ``gate`` as in :func:`up`."""
+    if config == CUDA:
+        return image_conv_cuda.weight_grad(small, big, gate, negative_slope, shape.weight_format)
     from pygan.kernels import strided_conv_weight as kernels
 
     small, big = small.contiguous(memory_format=_LAST), big.contiguous(memory_format=_LAST)
