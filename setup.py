@@ -28,6 +28,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU_EXTENSION, CUDA_EXTENSION = "pygan._C", "pygan._cuda"
+XDIST = "pytest-xdist==3.8.0"
 BUILD_LOGS = {CPU_EXTENSION: "_build_log.txt", CUDA_EXTENSION: "_cuda_build_log.txt"}
 LINUX_X86_64 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 
@@ -298,7 +299,7 @@ setup(
         "data": DATA,
         "viz": VIZ,
         "eval": DATA,
-        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "clang-format==23.1.5"],
+        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "clang-format==23.1.5", XDIST],
     },
     entry_points={
         "console_scripts": ["pygan = pygan.__main__:main"],

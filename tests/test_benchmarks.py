@@ -193,6 +193,14 @@ def test_replay_notices_unread_samples() -> None:
         replay(Recorder(readings=1), [0.3, 0.1, 0.7], iterations=1)
 
 
+@pytest.fixture
+def unconfigured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pytest that is run by a test starts as if there were no other."""
+    for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("unconfigured")
 def test_replay_through_pytest_benchmark(pytester: pytest.Pytester) -> None:
     pytest.importorskip("pytest_benchmark")
     pytester.makepyfile(
@@ -743,6 +751,7 @@ def test_results_that_may_not_be_quoted_are_not_kept(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unconfigured")
 def test_a_case_through_pytest(tmp_path: Path, pytester: pytest.Pytester) -> None:
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "out.json"

@@ -233,7 +233,7 @@ def test_parameters_that_do_not_fit_are_refused() -> None:
         ({"training": False, "tracked": False}, "auto", "evaluation needs both"),
         ({"kernel": 3, "stride": 1}, "cpu", "only 4x4 convolutions of stride 2"),
         ({"dtype": torch.float16}, "cpu", "cannot run as 'cpu': the dtype is torch.float16"),
-        ({}, "cuda", "has no implementation 'cuda'"),
+        ({}, "opencl", "has no implementation 'opencl'"),
     ],
 )
 @BOTH

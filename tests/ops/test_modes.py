@@ -40,7 +40,7 @@ def run_again(marker: str, **environment: str) -> None:
             "no:cacheprovider",
             *tests,
         ],
-        env=os.environ | environment,
+        env=os.environ | {"PYTEST_ADDOPTS": ""} | environment,
         capture_output=True,
         text=True,
         timeout=900,

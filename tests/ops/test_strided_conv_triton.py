@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from accuracy import assert_accurate_convolution
 from differentiated import differentiated
 from implementations import DTYPES, INTERPRETED
 from test_strided_conv import Case, call, make
-from torch import Tensor
+from torch import Tensor, nn
 
+import pygan
 from pygan.errors import UserError
 from pygan.functional import conv2d
 from pygan.ops import cuda_native, image_conv_cuda, strided_conv_gpu, tuning
@@ -231,7 +233,7 @@ def test_packed_weights() -> None:
 
 @in_interpreter
 def test_methods_are_the_cpus() -> None:
-    with pytest.raises(UserError, match="not of Triton's"):
+    with pytest.raises(UserError, match="not of triton's"):
         x, weight = torch.randn(2, 6, 8, 8), torch.randn(5, 6, 4, 4)
         conv2d(x, weight, None, 2, 1, method="f22", impl="triton")
     with pytest.raises(UserError, match="float64"):
@@ -249,6 +251,32 @@ def test_every_shape_has_a_configuration() -> None:
         found = configs("weight_grad", a, b, *kind)
         assert found
         assert all(c.flat or b % c.block_n == 0 for c in found)
+
+
+@in_interpreter
+def test_a_fused_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = nn.Sequential(
+        nn.ConvTranspose2d(5, 8, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 4, 2, 1),
+        nn.BatchNorm2d(6),
+        nn.LeakyReLU(0.2),
+        nn.ConvTranspose2d(6, 3, 4, 2, 1),
+        nn.Tanh(),
+    ).to(memory_format=LAST)
+    fused = copy.deepcopy(plain)
+    pygan.fuse(fused)
+    found = []
+    for network, impl in ((plain, "auto"), (fused, "triton")):
+        monkeypatch.setenv("PYGAN_IMPL", impl)
+        x = torch.randn(3, 5, 4, 5, generator=torch.Generator().manual_seed(0))
+        x = x.contiguous(memory_format=LAST).requires_grad_()
+        network(x).square().sum().backward()
+        grads = [p.grad for p in network.parameters()]
+        found.append([network(x).detach(), x.grad, *grads, *network.buffers()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 SHAPE = strided_conv_gpu.Shape(torch.bfloat16, LAST, (2, 64, 4, 4), (2, 32, 8, 8), "tf32")
