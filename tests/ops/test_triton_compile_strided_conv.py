@@ -61,9 +61,11 @@ def variants() -> list[Variant]:
         found.append(Variant(conv_pass, configs[0], 90, normalized=True))
         found.append(Variant(conv_pass, configs[-1], 90, one_channel=True))
         for precision in ("tf32", "ieee"):
-            found.append(
-                Variant(conv_pass, CONFIGS[precision][conv_pass][0], 90, "fp32", precision)
-            )
+            for at in SHARED_LIMIT:
+                found += [
+                    Variant(conv_pass, c, at, "fp32", precision)
+                    for c in CONFIGS[precision][conv_pass]
+                ]
     return found
 
 
