@@ -177,6 +177,14 @@ def _on_map(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     return _made(first, func, result)
 
 
+def _dropout2d(
+    first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    # Its random numbers are one for each sample and channel, in the same order in any layout.
+    in_place = kwargs.get("inplace", len(args) > 3 and args[3])
+    return NotImplemented if in_place else _on_map(first, func, args, kwargs)
+
+
 def _interpolate(
     first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
@@ -331,7 +339,7 @@ _IN_PLACE = (Tensor.add_, Tensor.__iadd__, Tensor.mul_, Tensor.__imul__, Tensor.
 HANDLERS |= {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}
 HANDLERS |= dict.fromkeys(ACTIVATIONS, _activation)
 HANDLERS |= {F.conv2d: _conv2d, F.conv_transpose2d: _conv_transpose2d}
-HANDLERS |= {F.interpolate: _interpolate, F.avg_pool2d: _avg_pool2d}
+HANDLERS |= {F.interpolate: _interpolate, F.avg_pool2d: _avg_pool2d, F.dropout2d: _dropout2d}
 HANDLERS |= dict.fromkeys(_ON_MAPS, _on_map)
 HANDLERS |= dict.fromkeys(_IN_PLACE, _in_place)
 

@@ -281,6 +281,7 @@ _LAYOUT_FREE = frozenset(
         nn.Sigmoid,
         nn.AvgPool2d,
         nn.MaxPool2d,
+        nn.Dropout2d,
         nn.ZeroPad2d,
         nn.ReflectionPad2d,
         nn.ReplicationPad2d,
