@@ -177,9 +177,7 @@ def _on_map(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     return _made(first, func, result)
 
 
-def _dropout2d(
-    first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
+def _dropout2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     # Its random numbers are one for each sample and channel, in the same order in any layout.
     in_place = kwargs.get("inplace", len(args) > 3 and args[3])
     return NotImplemented if in_place else _on_map(first, func, args, kwargs)
