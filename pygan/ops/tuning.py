@@ -128,15 +128,17 @@ class Tuner:
 
 def device_stamp(device: torch.device) -> str:
     """A GPU with its software: what it is, and the versions that compile and run kernels."""
-    import triton
-
+    try:
+        from triton import __version__ as compiler
+    except ImportError:
+        compiler = "no triton"
     properties = torch.cuda.get_device_properties(device)
     return repr(
         (
             properties.name,
             properties.multi_processor_count,
             torch.__version__,
-            triton.__version__,
+            compiler,
             torch.backends.cudnn.version(),
         )
     )

@@ -16,10 +16,6 @@ interpreted = [
     pytest.mark.triton,
     pytest.mark.skipif(not INTERPRETED, reason="runs where TRITON_INTERPRET=1"),
 ]
-on_a_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
-]
 
 
 @pytest.fixture(params=["one launch", "blocks of rows"])
@@ -108,7 +104,7 @@ GPU_SHAPES = [*(s for s in SHAPES if s[0] % 2 == 0), (64, 128, 64, 64), (256, 51
 
 
 class TestOnAGpu:
-    pytestmark = on_a_gpu
+    pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("layout", LAYOUTS)
