@@ -1,5 +1,7 @@
-// The only file that knows Python: integers become pointers, the GIL is released, a status
+// With bindings.h all that knows Python: integers become pointers, the GIL is released, a status
 // becomes an exception. Argument order follows the structs in pygan.h.
+
+#include "bindings.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,25 +14,12 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using pygan::bindings::Address;
+using pygan::bindings::group_of;
+using pygan::bindings::pointer;
 
 void raise_unless_ok(pygan::Status status) {
   if (status != pygan::Status::ok) throw std::invalid_argument(pygan::describe(status));
-}
-
-pygan::GanLossGroup group_of(const py::tuple& fields) {
-  return {pointer<const void>(fields[0].cast<Address>()),
-          pointer<const float>(fields[1].cast<Address>()),
-          fields[2].cast<float>(),
-          fields[3].cast<double>(),
-          fields[4].cast<int64_t>(),
-          pointer<void>(fields[5].cast<Address>()),
-          pointer<float>(fields[6].cast<Address>())};
 }
 
 }  // namespace

@@ -1,38 +1,27 @@
-// The only CUDA file that knows Python: integers become pointers, the GIL is released, what went
-// wrong becomes an exception. Argument order follows the structs in pygan.h and pygan_cuda.h.
+// With bindings.h all CUDA code that knows Python: integers become pointers, the GIL is released,
+// what went wrong becomes an exception. Argument order follows the structs in pygan.h and
+// pygan_cuda.h.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 
+#include "bindings.h"
 #include "pygan_cuda.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
+using pygan::bindings::Address;
+using pygan::bindings::group_of;
+using pygan::bindings::pointer;
 namespace cuda = pygan::cuda;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void raise_unless_ok(const cuda::Outcome& outcome) {
   if (outcome.status != pygan::Status::ok) throw std::invalid_argument(cuda::describe(outcome));
   if (!outcome.ok()) throw std::runtime_error(cuda::describe(outcome));
-}
-
-pygan::GanLossGroup group_of(const py::tuple& fields) {
-  return {pointer<const void>(fields[0].cast<Address>()),
-          pointer<const float>(fields[1].cast<Address>()),
-          fields[2].cast<float>(),
-          fields[3].cast<double>(),
-          fields[4].cast<int64_t>(),
-          pointer<void>(fields[5].cast<Address>()),
-          pointer<float>(fields[6].cast<Address>())};
 }
 
 pygan::GanLoss gan_loss_of(int dtype, const py::tuple& groups, Address loss) {

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BUILD_LOG = Path(__file__).resolve().parent.parent / "_cuda_build_log.txt"
+from pygan.ops import gpu
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BUILD_LOG = Path(__file__).resolve().parent.parent / "_cuda_build_log.txt"
 
 
 @functools.cache
@@ -35,17 +35,24 @@ def load() -> ModuleType | None:
     return _load()[0]
 
 
+def module() -> ModuleType:
+    """The extension, for whoever knows that ``reason()`` is None."""
+    found = load()
+    assert found is not None
+    return found
+
+
 @functools.cache
 def reason() -> str | None:
     """Why the CUDA kernels cannot run on this machine, or None."""
-    module, missing = _load()
-    if module is None:
+    extension, missing = _load()
+    if extension is None:
         return missing
     if not torch.cuda.is_available():
         return "there is no GPU that torch can use"
-    if unusable := module.unusable():
+    if unusable := extension.unusable():
         return unusable
-    oldest = min(map(int, module.architectures().split()))
+    oldest = min(map(int, extension.architectures().split()))
     major, minor = torch.cuda.get_device_capability()
     if 10 * major + minor < oldest:
         return f"the GPU is sm_{major}{minor}; the extension holds kernels from sm_{oldest} on"
@@ -57,5 +64,5 @@ def run(function: Callable[..., None], x: Tensor, *arguments: Any) -> None:
     if not x.is_cuda:
         function(*arguments, 0)
         return
-    with torch.cuda.device(x.device):
+    with gpu.on(x.device):
         function(*arguments, torch.cuda.current_stream(x.device).cuda_stream)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pygan.errors import UserError
-from pygan.ops import cuda_native, native
+from pygan.ops import cuda_native, gpu, native
 
 logger = logging.getLogger("pygan")
 
@@ -106,8 +106,8 @@ def supports_cuda(*tensors: torch.Tensor) -> str | None:
     for tensor in tensors:
         if not tensor.is_cuda:
             return f"a tensor is on {tensor.device}, not on a GPU"
-        if tensor.dtype not in cuda_native.DTYPES:
-            return f"the dtype is {tensor.dtype}, not float32, bfloat16 or float16"
+        if (reason := gpu.unfit(tensor.dtype)) is not None:
+            return reason
         if type(tensor) not in _PLAIN:
             return f"a tensor is a {type(tensor).__name__}, not a plain one"
     return cuda_native.reason()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pygan.errors import UserError
-from pygan.ops import cuda_native, dispatch, native
+from pygan.ops import cuda_native, dispatch, gpu, native
 
 
 class Term(NamedTuple):
@@ -65,9 +65,8 @@ def _supports_cuda(logits: Tensor, terms: tuple[Term, ...]) -> str | None:
 
 
 def _supports_triton(logits: Tensor, terms: tuple[Term, ...]) -> str | None:
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the dtype is {logits.dtype}, not float32, bfloat16 or float16"
-    return dispatch.supports_triton(logits) or _no_target_grad(terms)
+    unfit = gpu.unfit(logits.dtype)
+    return unfit or dispatch.supports_triton(logits) or _no_target_grad(terms)
 
 
 def _groups(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> tuple[Any, ...]:
@@ -98,9 +97,8 @@ def _cpu(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> 
 
 
 def _cuda(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> None:
-    module = cuda_native.load()
-    assert module is not None
-    dtype, groups = cuda_native.DTYPES[logits.dtype], _groups(logits, grad, out, terms)
+    module = cuda_native.module()
+    dtype, groups = gpu.DTYPES[logits.dtype], _groups(logits, grad, out, terms)
     scratch = out.new_empty(module.gan_loss_scratch(dtype, groups))
     cuda_native.run(module.gan_loss, logits, dtype, groups, out.data_ptr(), scratch.data_ptr())
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pygan.errors import UserError
-from pygan.ops import cuda_native, dispatch, map_memory, native
+from pygan.ops import cuda_native, dispatch, gpu, map_memory, native
 
 
 def image_batch_ref(
@@ -38,8 +38,8 @@ def _supports_cpu(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | No
 
 
 def _supports_cuda(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | None:
-    if dtype not in cuda_native.DTYPES:
-        return f"the dtype is {dtype}, not float32, bfloat16 or float16"
+    if (reason := gpu.unfit(dtype)) is not None:
+        return reason
     if not images.is_contiguous():
         return "the images are not contiguous as [N, H, W, C]"
     for tensor in (images, index):
@@ -51,8 +51,8 @@ def _supports_cuda(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | N
 
 
 def _supports_triton(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | None:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the dtype is {dtype}, not float32, bfloat16 or float16"
+    if (reason := gpu.unfit(dtype)) is not None:
+        return reason
     if not images.is_contiguous():
         return "the images are not contiguous as [N, H, W, C]"
     return dispatch.supports_triton(images, index)
@@ -78,17 +78,15 @@ def _cpu(out: Tensor, images: Tensor, index: Tensor, flip: Tensor | None) -> Non
 
 
 def _cuda(out: Tensor, images: Tensor, index: Tensor, flip: Tensor | None) -> None:
-    module = cuda_native.load()
-    assert module is not None
     cuda_native.run(
-        module.image_batch,
+        cuda_native.module().image_batch,
         images,
         images.data_ptr(),
         *images.shape,
         index.data_ptr(),
         native.address(flip),
         index.numel(),
-        cuda_native.DTYPES[out.dtype],
+        gpu.DTYPES[out.dtype],
         out.data_ptr(),
     )
 

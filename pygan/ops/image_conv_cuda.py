@@ -9,13 +9,12 @@ LeakyReLU behind down, whose output is the gate.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pygan.ops import cuda_native, dispatch
+from pygan.ops import cuda_native, dispatch, gpu
 from pygan.ops.native import ACTIVATIONS, address
 
 BIG_CHANNELS = 4  # at most
@@ -45,15 +44,9 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor | None, side: int) -> str |
     return None
 
 
-def _module() -> ModuleType:
-    module = cuda_native.load()
-    assert module is not None
-    return module
-
-
 def _shape(small: Tensor, big: Tensor, weight: Tensor) -> Any:
-    return _module().StridedConvShape(
-        cuda_native.DTYPES[small.dtype],
+    return cuda_native.module().StridedConvShape(
+        gpu.DTYPES[small.dtype],
         0 if weight.is_contiguous(memory_format=_LAST) else 1,
         small.shape[0],
         *small.shape[2:],
@@ -95,7 +88,7 @@ def up(
         memory_format=_LAST,
     )
     cuda_native.run(
-        _module().image_conv_up,
+        cuda_native.module().image_conv_up,
         small,
         _shape(small, big, weight),
         small.data_ptr(),
@@ -125,7 +118,7 @@ def down(
         memory_format=_LAST,
     )
     cuda_native.run(
-        _module().image_conv_down,
+        cuda_native.module().image_conv_down,
         big,
         _shape(small, big, weight),
         big.data_ptr(),
@@ -151,7 +144,7 @@ def weight_grad(
     dweight = torch.empty(
         (small.shape[1], big.shape[1], 4, 4), device=small.device, memory_format=memory_format
     )
-    module, shape = _module(), _shape(small, big, dweight)
+    module, shape = cuda_native.module(), _shape(small, big, dweight)
     scratch = small.new_empty(module.image_conv_scratch(shape), dtype=torch.float32)
     cuda_native.run(
         module.image_conv_weight_grad,

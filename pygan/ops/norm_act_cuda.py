@@ -8,13 +8,12 @@ Nothing here synchronises; scratch comes from torch's allocator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pygan.ops import cuda_native, dispatch
+from pygan.ops import cuda_native, dispatch, gpu
 from pygan.ops.dense import dense
 from pygan.ops.native import ACTIVATIONS, address
 
@@ -26,15 +25,9 @@ def supports(x: Tensor) -> str | None:
     return dispatch.supports_cuda(x)
 
 
-def _module() -> ModuleType:
-    module = cuda_native.load()
-    assert module is not None
-    return module
-
-
 def _shape(x: Tensor, layout: int, settings: Any) -> Any:
-    return _module().NormActShape(
-        cuda_native.DTYPES[x.dtype],
+    return cuda_native.module().NormActShape(
+        gpu.DTYPES[x.dtype],
         layout,
         x.shape[0],
         x.shape[1],
@@ -83,7 +76,7 @@ def _run_forward(
     y: Tensor | None = None,
     given: Tensor | None = None,
 ) -> Tensor:
-    module, shape = _module(), _shape(x, layout, settings)
+    module, shape = cuda_native.module(), _shape(x, layout, settings)
     training = settings.training and given is None
     if given is not None:
         found = given
@@ -136,7 +129,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each where wanted; ``in_place`` leaves that of x in dy,
     which then has x's layout."""
-    module = _module()
+    module = cuda_native.module()
     x, layout = dense(x.detach())
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
         dy = torch.empty_like(x).copy_(dy)

@@ -6,14 +6,13 @@ Nothing here synchronises; scratch comes from torch's allocator.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pygan.ops import dispatch
+from pygan.ops import dispatch, gpu
 from pygan.ops.dense import dense
 from pygan.ops.native import ACTIVATIONS
 
@@ -21,22 +20,16 @@ if TYPE_CHECKING:
     from pygan.kernels.norm_act import Map
     from pygan.ops.norm_act import Settings
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ADDRESSED = 2**31  # values that a program may count
 
 
 def supports(x: Tensor) -> str | None:
     """Reason that the kernels cannot take x, or None."""
-    if x.dtype not in _DTYPES:
-        return f"the dtype is {x.dtype}, not float32, bfloat16 or float16"
+    if (reason := gpu.unfit(x.dtype)) is not None:
+        return reason
     if x.numel() >= _ADDRESSED or x.numel() == 0:
         return f"the input has {x.numel()} values, not 1 to {_ADDRESSED - 1}"
     return dispatch.supports_triton(x)
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _map(x: Tensor, layout: int, groups: int) -> Map:
@@ -67,7 +60,7 @@ def forward(
     found = given
     if found is None:
         found = x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
-    with _on(x):
+    with gpu.on(x.device):
         if training and given is None:
             kernels.statistics_and_values(
                 y, found, running, x, weight, bias, map, momentum, eps, f, slope
@@ -97,7 +90,7 @@ def backward(
     dx = torch.empty_like(x) if wants[0] else None
     dweight = torch.empty_like(weight) if wants[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
-    with _on(x):
+    with gpu.on(x.device):
         kernels.gradients(
             *(dx, dweight, dbias, x, dy, statistics, weight, bias),
             _map(x, layout, settings.groups),

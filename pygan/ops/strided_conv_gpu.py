@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from pygan.ops import cuda_native, dispatch, image_conv_cuda, tuning
+from pygan.ops import cuda_native, dispatch, gpu, image_conv_cuda, tuning
 
 PASSES = ("up", "down", "weight_grad")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA = "cuda"  # stands for the one configuration that its kernels have
 _TORCH = "torch"
 _LAST = torch.channels_last
@@ -88,8 +86,8 @@ def supports(tensors: Sequence[Tensor], autocast: torch.dtype | None) -> str | N
     if autocast is None and len(dtypes) > 1:
         return "input, weight and bias have different dtypes"
     for dtype in dtypes if autocast is None else {*dtypes, autocast}:
-        if dtype not in DTYPES:
-            return f"the dtype is {dtype}, not float32, bfloat16 or float16"
+        if (reason := gpu.unfit(dtype)) is not None:
+            return reason
     return None
 
 
@@ -147,7 +145,7 @@ def _configs(shape: Shape, conv_pass: str) -> tuple[Any, ...]:
 def _passes(shape: Shape, device: torch.device, named: str | None) -> Passes:
     if _interpreted():
         return _unmeasured(shape, "triton")
-    with _on(device):
+    with gpu.on(device):
         return Passes(shape, *(_choice(shape, device, named, conv_pass) for conv_pass in PASSES))
 
 
@@ -214,13 +212,6 @@ def _candidates(
     return candidates
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current device, whatever that of the arrays is."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
 def up(
     shape: Shape,
     config: Any,
@@ -269,7 +260,7 @@ def _convolve(
     x = x.contiguous(memory_format=_LAST)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_LAST)
     small, big = (x, y) if conv_pass == "up" else (y, x)
-    with _on(x.device):
+    with gpu.on(x.device):
         weight = pack(weight.contiguous(memory_format=shape.weight_format), x.dtype)
         kernels.run(conv_pass, small, big, weight, config, shape.precision, bias)
     return y
@@ -293,7 +284,7 @@ def weight_grad(
     dweight = torch.empty(
         size, dtype=torch.float32, device=small.device, memory_format=shape.weight_format
     )
-    with _on(small.device):
+    with gpu.on(small.device):
         programs = _programs(small.device)
         kernels.weight_grad(dweight, small, big, config, shape.precision, programs)
     return dweight

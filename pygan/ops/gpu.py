@@ -1,0 +1,23 @@
+"""What all kernels for a GPU ask of tensors, and where they are launched."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unfit(dtype: torch.dtype) -> str | None:
+    """Reason that no kernel takes values of this type, or None."""
+    return None if dtype in DTYPES else f"the dtype is {dtype}, not float32, bfloat16 or float16"
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, kernels are launched on ``device``: they go to the current one, whatever that of
+    their arrays is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
