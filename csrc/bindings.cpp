@@ -97,6 +97,35 @@ PYBIND11_MODULE(_C, module) {
       py::arg("mean"), py::arg("invstd"), py::arg("training"), py::arg("dx"), py::arg("dweight"),
       py::arg("dbias"), py::arg("scratch"));
 
+  module.def("norm_act_second_scratch", &pygan::norm_act_second_scratch, py::arg("shape"));
+
+  module.def(
+      "norm_act_second",
+      [](const pygan::NormActShape& shape, Address x, Address dy, Address ddx, Address weight,
+         Address bias, Address ddweight, Address ddbias, Address mean, Address invstd,
+         bool training, Address dx, Address ddy, Address dweight, Address scratch) {
+        const pygan::NormActSecond args{shape,
+                                        pointer<const void>(x),
+                                        pointer<const void>(dy),
+                                        pointer<const void>(ddx),
+                                        pointer<const float>(weight),
+                                        pointer<const float>(bias),
+                                        pointer<const float>(ddweight),
+                                        pointer<const float>(ddbias),
+                                        pointer<const float>(mean),
+                                        pointer<const float>(invstd),
+                                        training,
+                                        pointer<void>(dx),
+                                        pointer<void>(ddy),
+                                        pointer<float>(dweight),
+                                        pointer<double>(scratch)};
+        py::gil_scoped_release release;
+        raise_unless_ok(pygan::norm_act_second(args));
+      },
+      py::arg("shape"), py::arg("x"), py::arg("dy"), py::arg("ddx"), py::arg("weight"),
+      py::arg("bias"), py::arg("ddweight"), py::arg("ddbias"), py::arg("mean"), py::arg("invstd"),
+      py::arg("training"), py::arg("dx"), py::arg("ddy"), py::arg("dweight"), py::arg("scratch"));
+
   py::class_<pygan::StridedConvShape>(module, "StridedConvShape")
       .def(py::init([](int dtype, int weight_layout, int64_t batch, int64_t height, int64_t width,
                        int64_t big_height, int64_t big_width, int64_t small_channels,

@@ -74,9 +74,39 @@ struct NormActBackward {
   double* scratch;
 };
 
+// Gradients of an objective made of dx, dweight and dbias of norm_act_backward, whose gradients
+// with respect to them are ddx, ddweight and ddbias. Sums are over a group, of n values a channel:
+//   ddz = weight * invstd * (ddx - (sum ddx + xhat * sum ddx xhat) / n) + ddweight * xhat + ddbias
+//   ddy = ddz * activation'(z)
+//   k   = sum ddx dz - (sum ddx * sum dz + sum ddx xhat * sum dz xhat) / n
+//   q   = -weight * invstd * (ddx * sum dz xhat + dz * sum ddx xhat) / n + ddweight * dz
+//   dx  = invstd * (q - (sum q + xhat * (sum q xhat + weight * invstd * k)) / n)
+//   dweight = invstd * k
+// and without every term with n where not training. channels_last, and an activation without a
+// second derivative: none, relu or leaky_relu.
+struct NormActSecond {
+  NormActShape shape;
+  const void* x;
+  const void* dy;
+  const void* ddx;
+  const float* weight;    // [channels] or null
+  const float* bias;      // [channels] or null
+  const float* ddweight;  // [channels] or null
+  const float* ddbias;    // [channels] or null
+  const float* mean;      // [groups, channels]
+  const float* invstd;    // [groups, channels]
+  bool training;
+  void* dx;         // null when not wanted
+  void* ddy;        // null when not wanted
+  float* dweight;   // [channels] or null
+  double* scratch;  // norm_act_second_scratch(shape) elements
+};
+
 int64_t norm_act_scratch(const NormActShape& shape);
 Status norm_act_forward(const NormActForward& args);
 Status norm_act_backward(const NormActBackward& args);
+int64_t norm_act_second_scratch(const NormActShape& shape);
+Status norm_act_second(const NormActSecond& args);
 
 // The 4x4 convolution of stride 2 and padding 1, its transpose, and the gradient of their weight:
 //   small[n, y, x, a] = sum_{i, j, b} big[n, 2y - 1 + i, 2x - 1 + j, b] w[a, b, i, j]    (down)

@@ -45,6 +45,24 @@ def norm_act_backward(
     dbias: int,
     scratch: int,
 ) -> None: ...
+def norm_act_second_scratch(shape: NormActShape) -> int: ...
+def norm_act_second(
+    shape: NormActShape,
+    x: int,
+    dy: int,
+    ddx: int,
+    weight: int,
+    bias: int,
+    ddweight: int,
+    ddbias: int,
+    mean: int,
+    invstd: int,
+    training: bool,
+    dx: int,
+    ddy: int,
+    dweight: int,
+    scratch: int,
+) -> None: ...
 
 class StridedConvShape:
     def __init__(

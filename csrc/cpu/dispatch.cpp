@@ -9,11 +9,11 @@
 namespace pygan {
 namespace {
 
-#define PYGAN_KERNELS(isa)                                                                \
-  Kernels {                                                                               \
-    #isa, isa::norm_act_forward, isa::norm_act_backward, isa::gan_loss, isa::image_batch, \
-        isa::strided_conv_method, isa::strided_conv_scratch, isa::strided_conv_up,        \
-        isa::strided_conv_down, isa::strided_conv_weight_grad                             \
+#define PYGAN_KERNELS(isa)                                                                    \
+  Kernels {                                                                                   \
+    #isa, isa::norm_act_forward, isa::norm_act_backward, isa::norm_act_second, isa::gan_loss, \
+        isa::image_batch, isa::strided_conv_method, isa::strided_conv_scratch,                \
+        isa::strided_conv_up, isa::strided_conv_down, isa::strided_conv_weight_grad           \
   }
 
 std::vector<Kernels> runnable() {
@@ -160,7 +160,7 @@ RowBlocks row_blocks(const NormActShape& s) {
 int64_t norm_act_scratch(const NormActShape& s) {
   const int64_t blocks = s.layout == Layout::channels_last ? row_blocks(s).count : 1;
   // Behind the sums, four float32 coefficients for each channel of each group.
-  return s.groups * (blocks * block_scratch(s) + 2 * s.channels);
+  return s.groups * (blocks * block_scratch(s, 2) + 2 * s.channels);
 }
 
 Status norm_act_forward(const NormActForward& args) {
@@ -183,6 +183,26 @@ Status norm_act_backward(const NormActBackward& args) {
   }
   if (!kernels.norm_act_backward) return Status::no_kernels;
   kernels.norm_act_backward(args);
+  return Status::ok;
+}
+
+int64_t norm_act_second_scratch(const NormActShape& s) {
+  const int64_t sums = row_blocks(s).count * block_scratch(s, kNormActSecondSums);
+  return s.groups * (sums + (kNormActSecondCoefficients + 1) / 2 * s.channels);
+}
+
+Status norm_act_second(const NormActSecond& args) {
+  const NormActShape& s = args.shape;
+  if (const Status status = check(s); status != Status::ok) return status;
+  if (s.layout != Layout::channels_last || s.activation > Activation::leaky_relu) {
+    return Status::bad_enum;
+  }
+  if (empty(s)) return Status::ok;
+  if (!args.x || !args.dy || !args.ddx || !args.mean || !args.invstd || !args.scratch) {
+    return Status::bad_pointer;
+  }
+  if (!kernels.norm_act_second) return Status::no_kernels;
+  kernels.norm_act_second(args);
   return Status::ok;
 }
 

@@ -9,6 +9,7 @@ struct Kernels {
   const char* name = "none";
   void (*norm_act_forward)(const NormActForward&) = nullptr;
   void (*norm_act_backward)(const NormActBackward&) = nullptr;
+  void (*norm_act_second)(const NormActSecond&) = nullptr;
   void (*gan_loss)(const GanLoss&) = nullptr;
   void (*image_batch)(const ImageBatch&) = nullptr;
   ConvMethod (*strided_conv_method)(const StridedConvShape&, ConvPass) = nullptr;
@@ -27,13 +28,18 @@ struct RowBlocks {
 };
 RowBlocks row_blocks(const NormActShape& shape);
 
-// Elements of scratch for a block: two sums a channel in float64, and two in float32.
-inline int64_t block_scratch(const NormActShape& shape) { return 3 * shape.channels; }
+// Elements of scratch for a block: `sums` of every channel in float64, and as many in float32.
+inline int64_t block_scratch(const NormActShape& shape, int sums) {
+  return sums * shape.channels + (sums * shape.channels + 1) / 2;
+}
+
+constexpr int kNormActSecondSums = 5, kNormActSecondCoefficients = 7;
 
 #define PYGAN_DECLARE_KERNELS(isa)                                   \
   namespace isa {                                                    \
   void norm_act_forward(const NormActForward&);                      \
   void norm_act_backward(const NormActBackward&);                    \
+  void norm_act_second(const NormActSecond&);                        \
   void gan_loss(const GanLoss&);                                     \
   void image_batch(const ImageBatch&);                               \
   ConvMethod strided_conv_method(const StridedConvShape&, ConvPass); \

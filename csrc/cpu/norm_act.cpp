@@ -4,63 +4,13 @@
 // channels_last: blocks of rows, channels across the lanes.
 // contiguous: one channel of one group at a time, so the second reading comes from the cache.
 
+#include "cpu/norm_act.h"
+
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
-
-#include "cpu/kernels.h"
-#include "cpu/parallel.h"
-#include "cpu/simd.h"
 
 namespace pygan::PYGAN_ISA_NS {
 namespace {
-
-constexpr int64_t kChunkRows = 16;  // a float32 sum takes so many values, then joins a float64 one
-constexpr int64_t kChunkValues = kChunkRows * Vec::width;
-constexpr int64_t kAhead = 4096;  // bytes; less is late, more is evicted before it is used
-constexpr int64_t kSerialValues = 1 << 14;  // below this a second thread costs more than it gives
-
-// A whole vector, or the lanes left at the end of a row.
-struct Whole {
-  static constexpr int count() { return Vec::width; }
-  template <class T>
-  Vec get(const T* p) const {
-    return load(p);
-  }
-  // The same, for arrays that come from memory: asks for what is needed a page later.
-  template <class T>
-  Vec stream(const T* p) const {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
-    return load(p);
-  }
-  template <class T>
-  void put(T* p, Vec value) const {
-    store(p, value);
-  }
-};
-struct Part {
-  int lanes;
-  int count() const { return lanes; }
-  template <class T>
-  Vec get(const T* p) const {
-    return load(p, lanes);
-  }
-  template <class T>
-  Vec stream(const T* p) const {
-    return load(p, lanes);
-  }
-  template <class T>
-  void put(T* p, Vec value) const {
-    store(p, value, lanes);
-  }
-};
-
-template <class Body>
-void for_each_vector(int64_t length, const Body& body) {
-  int64_t i = 0;
-  for (; i + Vec::width <= length; i += Vec::width) body(i, Whole{});
-  if (i < length) body(i, Part{static_cast<int>(length - i)});
-}
 
 template <Activation A>
 Vec activate(Vec z, Vec slope) {
@@ -69,56 +19,6 @@ Vec activate(Vec z, Vec slope) {
   if constexpr (A == Activation::tanh) return tanh(z);
   if constexpr (A == Activation::sigmoid) return sigmoid(z);
   return z;
-}
-
-template <Activation A>
-Vec through_activation(Vec dy, Vec z, Vec slope) {
-  if constexpr (A == Activation::relu) return if_positive(z, dy, Vec(0.0f));
-  if constexpr (A == Activation::leaky_relu) return if_positive(z, dy, dy * slope);
-  if constexpr (A == Activation::tanh) return dy * tanh_slope(z);
-  if constexpr (A == Activation::sigmoid) return dy * sigmoid_slope(z);
-  return dy;
-}
-
-template <Activation A>
-using Chosen = std::integral_constant<Activation, A>;
-
-template <class Body>
-void with_activation(Activation activation, const Body& body) {
-  switch (activation) {
-    case Activation::none:
-      return body(Chosen<Activation::none>{});
-    case Activation::relu:
-      return body(Chosen<Activation::relu>{});
-    case Activation::leaky_relu:
-      return body(Chosen<Activation::leaky_relu>{});
-    case Activation::tanh:
-      return body(Chosen<Activation::tanh>{});
-    case Activation::sigmoid:
-      return body(Chosen<Activation::sigmoid>{});
-  }
-}
-
-int team(const NormActShape& s) {
-  return s.batch * s.channels * s.spatial < kSerialValues ? 1 : s.threads;
-}
-
-// z = (x - centre) * scale + shift, for a vector of channels or for one channel in all lanes.
-struct Affine {
-  Vec centre, scale, shift, slope;
-};
-
-// scale and shift of every channel of every group, [channels] each, `stride` from group to group.
-template <class Args>
-void fill_maps(const Args& args, float* maps, int64_t stride) {
-  const int64_t C = args.shape.channels;
-  for (int64_t g = 0; g < args.shape.groups; ++g) {
-    float* scale = maps + g * stride;
-    for (int64_t c = 0; c < C; ++c) {
-      scale[c] = args.invstd[g * C + c] * (args.weight ? args.weight[c] : 1.0f);
-      scale[C + c] = args.bias ? args.bias[c] : 0.0f;
-    }
-  }
 }
 
 void fill_coefficients(const NormActForward& args) {
@@ -140,12 +40,6 @@ Affine affine_of_channel(const Args& args, int64_t g, int64_t c) {
 template <Activation A>
 Vec forward_value(Vec x, const Affine& map) {
   return activate<A>(fma(x - map.centre, map.scale, map.shift), map.slope);
-}
-
-// dz from dy; d is x - mean.
-template <Activation A>
-Vec gradient_of_z(Vec d, Vec dy, const Affine& map) {
-  return through_activation<A>(dy, fma(d, map.scale, map.shift), map.slope);
 }
 
 // dx = scale * dz - offset - (x - mean) * tilt
@@ -210,45 +104,6 @@ void finish_gradients(const NormActBackward& args, double count, float* offset, 
 
 // channels_last
 
-// Blocks of rows in parallel: body(first row of the batch, rows, block, group).
-template <class Body>
-void for_each_block(const NormActShape& s, const Body& body) {
-  const RowBlocks blocks = row_blocks(s);
-  parallel_for(team(s), s.groups * blocks.count, [&](int64_t block) {
-    const int64_t g = block / blocks.count;
-    const int64_t start = block % blocks.count * blocks.size;
-    body(g * blocks.rows + start, std::min(blocks.size, blocks.rows - start), block, g);
-  });
-}
-
-// In the order of memory, which is what makes it fast: body(value, channel, lanes).
-template <class Body>
-void for_each_value(int64_t row, int64_t rows, int64_t channels, const Body& body) {
-  for (const int64_t end = row + rows; row < end; ++row) {
-    for_each_vector(channels, [&](int64_t c, auto lanes) { body(row * channels + c, c, lanes); });
-  }
-}
-
-// Two sums over rows for every channel, in the block's scratch: [2][channels] in float64, which
-// chunks of rows join, then as many in float32 for the chunk. terms(value, channel, lanes, a, b)
-// adds to a and b.
-template <class Terms>
-void sum_rows(int64_t row, int64_t rows, int64_t channels, double* scratch, const Terms& terms) {
-  float* chunk = reinterpret_cast<float*>(scratch + 2 * channels);
-  std::fill_n(scratch, 2 * channels, 0.0);
-  for (const int64_t end = row + rows; row < end; row += kChunkRows) {
-    std::fill_n(chunk, 2 * channels, 0.0f);
-    for_each_value(row, std::min(kChunkRows, end - row), channels,
-                   [&](int64_t at, int64_t c, auto lanes) {
-                     Vec a = lanes.get(chunk + c), b = lanes.get(chunk + channels + c);
-                     terms(at, c, lanes, a, b);
-                     lanes.put(chunk + c, a);
-                     lanes.put(chunk + channels + c, b);
-                   });
-    for (int64_t c = 0; c < 2 * channels; ++c) scratch[c] += chunk[c];
-  }
-}
-
 // Mean of a few rows spread over each group: a shift near the mean of all.
 template <class T>
 void sample_means(const NormActShape& s, const T* x, float* mean) {
@@ -265,22 +120,6 @@ void sample_means(const NormActShape& s, const T* x, float* mean) {
   }
 }
 
-// Where the scratch holds coefficients: scale and shift, then offset and tilt, of every channel.
-float* behind_sums(const NormActShape& s, double* scratch) {
-  return reinterpret_cast<float*>(scratch + s.groups * row_blocks(s).count * block_scratch(s));
-}
-
-// Adds the sums of a group's blocks up into those of its first, for every group.
-void add_blocks(const NormActShape& s, double* scratch) {
-  const int64_t count = row_blocks(s).count, size = block_scratch(s);
-  for (int64_t g = 0; g < s.groups; ++g) {
-    double* first = scratch + g * count * size;
-    for (int64_t b = 1; b < count; ++b) {
-      for (int64_t c = 0; c < 2 * s.channels; ++c) first[c] += first[b * size + c];
-    }
-  }
-}
-
 template <class T>
 void forward_channels_last(const NormActForward& args) {
   const NormActShape& s = args.shape;
@@ -292,17 +131,17 @@ void forward_channels_last(const NormActForward& args) {
     sample_means(s, x, args.mean);
     for_each_block(s, [&](int64_t row, int64_t rows, int64_t block, int64_t g) {
       const float* shifts = args.mean + g * C;
-      sum_rows(row, rows, C, args.scratch + block * block_scratch(s),
-               [&](int64_t at, int64_t c, auto lanes, Vec& first, Vec& second) {
-                 const Vec d = lanes.stream(x + at) - lanes.get(shifts + c);
-                 first = first + d;
-                 second = fma(d, d, second);
-               });
+      sum_rows<2>(row, rows, C, args.scratch + block * block_scratch(s, 2),
+                  [&](int64_t at, int64_t c, auto lanes, Vec* sums) {
+                    const Vec d = lanes.stream(x + at) - lanes.get(shifts + c);
+                    sums[0] = sums[0] + d;
+                    sums[1] = fma(d, d, sums[1]);
+                  });
     });
-    add_blocks(s, args.scratch);
+    add_blocks<2>(s, args.scratch);
     const double count = static_cast<double>(blocks.rows);
     finish_statistics(args, count, [&](int64_t g, int64_t c, double& mean, double& square) {
-      const double* sums = args.scratch + g * blocks.count * block_scratch(s) + c;
+      const double* sums = args.scratch + g * blocks.count * block_scratch(s, 2) + c;
       mean = sums[0];
       square = sums[C];
       from_shifted(count, args.mean[g * C + c], mean, square);
@@ -310,7 +149,7 @@ void forward_channels_last(const NormActForward& args) {
   }
   if (args.coefficients) fill_coefficients(args);
   if (!y) return;
-  float* maps = behind_sums(s, args.scratch);
+  float* maps = behind_sums<2>(s, args.scratch);
   fill_maps(args, maps, 2 * C);
   const Vec slope(s.negative_slope);
   with_activation(s.activation, [&](auto chosen) {
@@ -332,7 +171,7 @@ void backward_channels_last(const NormActBackward& args) {
   T* dx = static_cast<T*>(args.dx);
   const int64_t C = s.channels;
   const RowBlocks blocks = row_blocks(s);
-  float* maps = behind_sums(s, args.scratch);
+  float* maps = behind_sums<2>(s, args.scratch);
   float* offset = maps + s.groups * 2 * C;
   float* tilt = offset + s.groups * C;
   fill_maps(args, maps, 2 * C);
@@ -341,20 +180,21 @@ void backward_channels_last(const NormActBackward& args) {
     constexpr Activation A = decltype(chosen)::value;
     for_each_block(s, [&](int64_t row, int64_t rows, int64_t block, int64_t g) {
       const float *means = args.mean + g * C, *scales = maps + 2 * g * C, *shifts = scales + C;
-      sum_rows(row, rows, C, args.scratch + block * block_scratch(s),
-               [&](int64_t at, int64_t c, auto lanes, Vec& sum_dz, Vec& sum_dzx) {
-                 const Affine map{lanes.get(means + c), lanes.get(scales + c),
-                                  lanes.get(shifts + c), slope};
-                 const Vec d = lanes.stream(x + at) - map.centre;
-                 const Vec dz = gradient_of_z<A>(d, lanes.stream(dy + at), map);
-                 sum_dz = sum_dz + dz;
-                 sum_dzx = fma(dz, d, sum_dzx);
-               });
+      sum_rows<2>(row, rows, C, args.scratch + block * block_scratch(s, 2),
+                  [&](int64_t at, int64_t c, auto lanes, Vec* sums) {
+                    const Affine map{lanes.get(means + c), lanes.get(scales + c),
+                                     lanes.get(shifts + c), slope};
+                    const Vec d = lanes.stream(x + at) - map.centre;
+                    const Vec dz = gradient_of_z<A>(d, lanes.stream(dy + at), map);
+                    sums[0] = sums[0] + dz;
+                    sums[1] = fma(dz, d, sums[1]);
+                  });
     });
-    add_blocks(s, args.scratch);
+    add_blocks<2>(s, args.scratch);
     finish_gradients(args, static_cast<double>(blocks.rows), offset, tilt,
                      [&](int64_t g, int64_t c, double& sum_dz, double& sum_dzx) {
-                       const double* sums = args.scratch + g * blocks.count * block_scratch(s) + c;
+                       const double* sums =
+                           args.scratch + g * blocks.count * block_scratch(s, 2) + c;
                        sum_dz = sums[0];
                        sum_dzx = sums[C];
                      });

@@ -31,7 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pygan.errors import UserError
-from pygan.ops import dispatch, map_memory, native, norm_act_cuda, norm_act_triton
+from pygan.ops import (
+    dispatch,
+    map_memory,
+    native,
+    norm_act_cuda,
+    norm_act_second,
+    norm_act_triton,
+)
 from pygan.ops.dense import dense
 from pygan.ops.native import ACTIVATIONS
 
@@ -124,7 +131,7 @@ def _unfit(x: Tensor, parameters: Sequence[Tensor | None]) -> str | None:
     return None
 
 
-def _shape(module: ModuleType, x: Tensor, layout: int, settings: Settings) -> Any:
+def shape_of(module: ModuleType, x: Tensor, layout: int, settings: Settings) -> Any:
     size = x.shape
     return module.NormActShape(
         native.DTYPES[x.dtype],
@@ -207,7 +214,7 @@ def _run_forward(
 ) -> Tensor:
     module = native.load()
     assert module is not None
-    shape = _shape(module, x, layout, settings)
+    shape = shape_of(module, x, layout, settings)
     training, address = settings.training and given is None, native.address
     if given is not None:
         statistics = given
@@ -257,7 +264,7 @@ def cpu_backward(
     x, layout = dense(x)
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
         dy = map_memory.empty_like(x).copy_(dy)
-    shape = _shape(module, x, layout, settings)
+    shape = shape_of(module, x, layout, settings)
     dx = None
     if wants[0]:
         dx = dy if in_place else map_memory.empty_like(x)
@@ -320,19 +327,11 @@ class _NormAct(torch.autograd.Function):
         x, weight, bias, statistics, running_mean, running_var = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            y = norm_act_ref(x, running_mean, running_var, weight, bias, ctx.settings)
-            return (*differentiable_grads(y, (x, weight, bias), grads[0], wants), *(None,) * 5)
+            arguments = (x, grads[0], weight, bias, statistics, running_mean, running_var)
+            found = norm_act_second.differentiable_backward(*arguments, wants, ctx.settings)
+            return (*found, *(None,) * 5)
         found = ctx.kernels.backward(x, grads[0], weight, bias, statistics, wants, ctx.settings)
         return (*found, *(None,) * 5)
-
-
-def differentiable_grads(
-    y: Tensor, tensors: Sequence[Tensor | None], dy: Tensor, wants: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients as functions of dy and the tensors, for a y made by the reference."""
-    inputs = [t for t, wanted in zip(tensors, wants, strict=True) if wanted and t is not None]
-    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-    return [next(found) if wanted else None for wanted in wants]
 
 
 def norm_act(

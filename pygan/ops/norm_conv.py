@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pygan.ops import dispatch, norm_act, strided_conv
+from pygan.ops import dispatch, norm_act, norm_act_second, strided_conv
 from pygan.ops.norm_act import Settings
 from pygan.ops.strided_conv import Call
 
@@ -108,20 +108,12 @@ class _NormConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight, statistics, coefficients, *frozen = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight, statistics, coefficients, *_ = ctx.saved_tensors
         up, settings, wants = ctx.up, ctx.settings, ctx.needs_input_grad
         dy = grads[0].contiguous(memory_format=torch.channels_last)
         dbias = dy.sum((0, 2, 3), dtype=torch.float32) if wants[4] else None
         if torch.is_grad_enabled():
-            running_mean, running_var = frozen
-            f = norm_act.norm_act_ref(
-                x, running_mean, running_var, norm_weight, norm_bias, settings
-            )
-            conv_pass, plain = "up" if up else "down", ctx.layer.plain(x.dtype)
-            out = strided_conv.Conv.apply(conv_pass, f, weight, None, plain, ctx.last)
-            found = norm_act.differentiable_grads(
-                out, (x, norm_weight, norm_bias, weight), dy, wants[:4]
-            )
+            found = _differentiable(ctx, dy)
             return (*found, dbias, *(None,) * 6)
         through: tuple[Tensor | None, ...] = (None,) * 3
         if any(wants[:3]):
@@ -137,6 +129,31 @@ class _NormConv(torch.autograd.Function):
                 small, big, ctx.layer, None, _slope(settings) or 0.0, coefficients
             )
         return (*through, dweight, dbias, *(None,) * 6)
+
+
+def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    """Gradients of x, the norm's weight and bias and the weight as functions of all and dy."""
+    x, norm_weight, norm_bias, weight, statistics, _, running_mean, running_var = ctx.saved_tensors
+    wants, settings, layer = ctx.needs_input_grad, ctx.settings, ctx.layer.plain(x.dtype)
+    found: list[Tensor | None] = [None] * 4
+    if any(wants[:3]):
+        df = strided_conv.Conv.apply("down" if ctx.up else "up", dy, weight, None, layer, True)
+        arguments = (x, df, norm_weight, norm_bias, statistics, running_mean, running_var)
+        found[:3] = norm_act_second.differentiable_backward(*arguments, wants[:3], settings)
+    if wants[3]:
+        f = norm_act.norm_act(
+            x,
+            running_mean,
+            running_var,
+            norm_weight,
+            norm_bias,
+            **settings._asdict(),
+            impl="cpu",
+            given=statistics,
+        )
+        small, big = (f, dy) if ctx.up else (dy, f)
+        found[3] = strided_conv.WeightGrad.apply(small, big, layer)
+    return found
 
 
 def _forward(

@@ -36,7 +36,7 @@ arXiv:1509.09308.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +52,10 @@ from pygan.ops import (
     map_memory,
     native,
     strided_conv_gpu,
+    torch_conv,
 )
 from pygan.ops.matrix_product import matrix_product
+from pygan.ops.torch_conv import Sweep
 
 METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
@@ -335,7 +337,7 @@ def _passes() -> tuple[Any, Any, Any]:
     """up, down and weight_grad: differentiable ones while a graph of the gradients is wanted."""
     if torch.is_grad_enabled():
         up, down = (functools.partial(Conv.apply, conv_pass) for conv_pass in ("up", "down"))
-        return up, down, _WeightGrad.apply
+        return up, down, WeightGrad.apply
     return run_up, run_down, run_weight_grad
 
 
@@ -389,7 +391,7 @@ class Conv(torch.autograd.Function):
         )
 
 
-class _WeightGrad(torch.autograd.Function):
+class WeightGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, small: Tensor, big: Tensor, layer: _Layer) -> Tensor:
         ctx.save_for_backward(small, big)
@@ -598,7 +600,8 @@ def up(
         if fits and _may_be_small("up", small, weight, bias, method, impl):
             y = few_positions.up(small, weight, bias, tuple(output_padding))
             return _in_format(y, is_last(small) or is_last(weight))
-        return _by_torch(small, weight, lambda x: up_ref(x, weight, bias, output_padding))
+        sweep = Sweep((2, 2), (1, 1), (1, 1), True, tuple(output_padding))
+        return _by_torch(small, weight, bias, sweep)
     return Conv.apply("up", *call) if torch.is_grad_enabled() else run_up(*call)
 
 
@@ -622,7 +625,7 @@ def down(
             z = few_positions.down(big, weight, bias)
             z = _in_format(z, is_last(big) or is_last(weight))
         else:
-            z = _by_torch(big, weight, lambda x: down_ref(x, weight, bias))
+            z = _by_torch(big, weight, bias, Sweep((2, 2), (1, 1)))
         return _activate(z, activation, negative_slope)
     extra: tuple[Any, ...] = ()
     # Below a slope of 0 the signs behind the activation do not tell those before it.
@@ -676,13 +679,13 @@ def reordered(x: Tensor, format: torch.memory_format) -> Tensor:
     return contiguous(x) if format is _FIRST else x.contiguous(memory_format=format)
 
 
-def _by_torch(x: Tensor, weight: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, sweep: Sweep) -> Tensor:
     """A convolution that torch runs: it copies a weight whose layout is not the map's, so a map
     that is the smaller of both is copied instead."""
     maps = x.dim() == weight.dim() == 4 and x.is_cpu
     if maps and weight.numel() > 2 * x.numel() and is_last(x) and not is_last(weight):
-        return _in_format(run(reordered(x, _FIRST)), True)
-    return run(x)
+        return _in_format(torch_conv.conv(reordered(x, _FIRST), weight, bias, sweep), True)
+    return torch_conv.conv(x, weight, bias, sweep)
 
 
 def pair(size: Any) -> tuple[Any, ...]:
@@ -758,9 +761,9 @@ def conv2d(
         and _dense(input, weight, bias, weight.shape[0], impl)
     ):
         return _whole_map(input, weight, bias)
-    return _by_torch(
-        input, weight, lambda x: F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    )
+    if isinstance(padding, str):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return _by_torch(input, weight, bias, Sweep(pair(stride), *rest[:2], groups=groups))
 
 
 def conv_transpose2d(
@@ -790,13 +793,8 @@ def conv_transpose2d(
         and _dense(input, weight, bias, weight.shape[1], impl)
     ):
         return _from_point(input, weight, bias)
-    return _by_torch(
-        input,
-        weight,
-        lambda x: F.conv_transpose2d(
-            x, weight, bias, stride, padding, output_padding, groups, dilation
-        ),
-    )
+    sweep = Sweep(pair(stride), *rest[:2], True, outer, groups)
+    return _by_torch(input, weight, bias, sweep)
 
 
 def _only_strided(method: str, impl: str) -> None:

@@ -1,0 +1,177 @@
+// What the passes of norm_act share: vectors and rows of channels_last maps, sums over rows, and
+// the way back through an activation.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace pygan::PYGAN_ISA_NS {
+
+inline constexpr int64_t kChunkRows =
+    16;  // a float32 sum takes so many values, then joins a float64 one
+inline constexpr int64_t kChunkValues = kChunkRows * Vec::width;
+inline constexpr int64_t kAhead = 4096;  // bytes; less is late, more is evicted before it is used
+inline constexpr int64_t kSerialValues =
+    1 << 14;  // below this a second thread costs more than it gives
+
+// A whole vector, or the lanes left at the end of a row.
+struct Whole {
+  static constexpr int count() { return Vec::width; }
+  template <class T>
+  Vec get(const T* p) const {
+    return load(p);
+  }
+  // The same, for arrays that come from memory: asks for what is needed a page later.
+  template <class T>
+  Vec stream(const T* p) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+    return load(p);
+  }
+  template <class T>
+  void put(T* p, Vec value) const {
+    store(p, value);
+  }
+};
+struct Part {
+  int lanes;
+  int count() const { return lanes; }
+  template <class T>
+  Vec get(const T* p) const {
+    return load(p, lanes);
+  }
+  template <class T>
+  Vec stream(const T* p) const {
+    return load(p, lanes);
+  }
+  template <class T>
+  void put(T* p, Vec value) const {
+    store(p, value, lanes);
+  }
+};
+
+template <class Body>
+void for_each_vector(int64_t length, const Body& body) {
+  int64_t i = 0;
+  for (; i + Vec::width <= length; i += Vec::width) body(i, Whole{});
+  if (i < length) body(i, Part{static_cast<int>(length - i)});
+}
+
+template <Activation A>
+Vec through_activation(Vec dy, Vec z, Vec slope) {
+  if constexpr (A == Activation::relu) return if_positive(z, dy, Vec(0.0f));
+  if constexpr (A == Activation::leaky_relu) return if_positive(z, dy, dy * slope);
+  if constexpr (A == Activation::tanh) return dy * tanh_slope(z);
+  if constexpr (A == Activation::sigmoid) return dy * sigmoid_slope(z);
+  return dy;
+}
+
+template <Activation A>
+using Chosen = std::integral_constant<Activation, A>;
+
+template <class Body>
+void with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::none:
+      return body(Chosen<Activation::none>{});
+    case Activation::relu:
+      return body(Chosen<Activation::relu>{});
+    case Activation::leaky_relu:
+      return body(Chosen<Activation::leaky_relu>{});
+    case Activation::tanh:
+      return body(Chosen<Activation::tanh>{});
+    case Activation::sigmoid:
+      return body(Chosen<Activation::sigmoid>{});
+  }
+}
+
+inline int team(const NormActShape& s) {
+  return s.batch * s.channels * s.spatial < kSerialValues ? 1 : s.threads;
+}
+
+// z = (x - centre) * scale + shift, for a vector of channels or for one channel in all lanes.
+struct Affine {
+  Vec centre, scale, shift, slope;
+};
+
+// scale and shift of every channel of every group, [channels] each, `stride` from group to group.
+template <class Args>
+void fill_maps(const Args& args, float* maps, int64_t stride) {
+  const int64_t C = args.shape.channels;
+  for (int64_t g = 0; g < args.shape.groups; ++g) {
+    float* scale = maps + g * stride;
+    for (int64_t c = 0; c < C; ++c) {
+      scale[c] = args.invstd[g * C + c] * (args.weight ? args.weight[c] : 1.0f);
+      scale[C + c] = args.bias ? args.bias[c] : 0.0f;
+    }
+  }
+}
+
+// dz from dy; d is x - mean.
+template <Activation A>
+Vec gradient_of_z(Vec d, Vec dy, const Affine& map) {
+  return through_activation<A>(dy, fma(d, map.scale, map.shift), map.slope);
+}
+
+// Blocks of rows in parallel: body(first row of the batch, rows, block, group).
+template <class Body>
+void for_each_block(const NormActShape& s, const Body& body) {
+  const RowBlocks blocks = row_blocks(s);
+  parallel_for(team(s), s.groups * blocks.count, [&](int64_t block) {
+    const int64_t g = block / blocks.count;
+    const int64_t start = block % blocks.count * blocks.size;
+    body(g * blocks.rows + start, std::min(blocks.size, blocks.rows - start), block, g);
+  });
+}
+
+// In the order of memory, which is what makes it fast: body(value, channel, lanes).
+template <class Body>
+void for_each_value(int64_t row, int64_t rows, int64_t channels, const Body& body) {
+  for (const int64_t end = row + rows; row < end; ++row) {
+    for_each_vector(channels, [&](int64_t c, auto lanes) { body(row * channels + c, c, lanes); });
+  }
+}
+
+// `Sums` sums over rows for every channel, in the block's scratch: [Sums][channels] in float64,
+// which chunks of rows join, then as many in float32 for the chunk. terms(value, channel, lanes,
+// sums) adds to each of them.
+template <int Sums, int64_t ChunkRows = kChunkRows, class Terms>
+void sum_rows(int64_t row, int64_t rows, int64_t channels, double* scratch, const Terms& terms) {
+  float* chunk = reinterpret_cast<float*>(scratch + Sums * channels);
+  std::fill_n(scratch, Sums * channels, 0.0);
+  for (const int64_t end = row + rows; row < end; row += ChunkRows) {
+    std::fill_n(chunk, Sums * channels, 0.0f);
+    for_each_value(row, std::min(ChunkRows, end - row), channels,
+                   [&](int64_t at, int64_t c, auto lanes) {
+                     Vec sums[Sums];
+                     for (int i = 0; i < Sums; ++i) sums[i] = lanes.get(chunk + i * channels + c);
+                     terms(at, c, lanes, sums);
+                     for (int i = 0; i < Sums; ++i) lanes.put(chunk + i * channels + c, sums[i]);
+                   });
+    for (int64_t c = 0; c < Sums * channels; ++c) scratch[c] += chunk[c];
+  }
+}
+
+// Where the scratch holds coefficients of every channel, behind the sums of the blocks.
+template <int Sums>
+float* behind_sums(const NormActShape& s, double* scratch) {
+  return reinterpret_cast<float*>(scratch +
+                                  s.groups * row_blocks(s).count * block_scratch(s, Sums));
+}
+
+// Adds the sums of a group's blocks up into those of its first, for every group.
+template <int Sums>
+void add_blocks(const NormActShape& s, double* scratch) {
+  const int64_t count = row_blocks(s).count, size = block_scratch(s, Sums);
+  for (int64_t g = 0; g < s.groups; ++g) {
+    double* first = scratch + g * count * size;
+    for (int64_t b = 1; b < count; ++b) {
+      for (int64_t c = 0; c < Sums * s.channels; ++c) first[c] += first[b * size + c];
+    }
+  }
+}
+
+}  // namespace pygan::PYGAN_ISA_NS
