@@ -89,6 +89,15 @@ def norm_act(c: Any, side: str) -> Iterator[str]:
                 *(memory.empty(channels), memory.empty(channels)),
                 memory.bytes(8 * c.norm_act_scratch(shape)),
             )
+            if layout == 1 or activation == 4:
+                continue
+            gradients = memory.values(channels), memory.values(channels)
+            for dx, ddy in ((memory.empty(size, dtype), memory.empty(size, dtype)), (0, 0)):
+                c.norm_act_second(
+                    *(shape, x, dy, memory.values(size, dtype), weight, bias, *gradients),
+                    *(*statistics, training, dx, ddy, memory.empty(channels)),
+                    memory.bytes(8 * c.norm_act_second_scratch(shape)),
+                )
 
 
 def gan_loss(c: Any, side: str) -> Iterator[str]:

@@ -178,6 +178,43 @@ def test_grad_of_grad_of_odd_shapes(shape: tuple[int, ...]) -> None:
     check(Case(shape, activation="leaky_relu"), second=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
+def test_third_derivative(activation: str, training: bool, dtype: torch.dtype) -> None:
+    case = Case((6, 9, 5, 4), dtype, "channels_last", 2, activation, training)
+
+    def third(impl: str, wide: bool) -> dict[str, Tensor]:
+        values = make(case)
+        if wide:
+            values = {k: v.double() for k, v in values.items()}
+        made_of = {k: values[k].detach().requires_grad_() for k in ("x", "dy", "weight", "bias")}
+        y = norm_act(
+            made_of["x"],
+            values["running_mean"],
+            values["running_var"],
+            made_of["weight"],
+            made_of["bias"],
+            training,
+            activation=activation,
+            negative_slope=0.2,
+            groups=case.groups,
+            impl=impl,
+        )
+        leaves = [made_of[k] for k in ("x", "weight", "bias")]
+        first = torch.autograd.grad(y, leaves, made_of["dy"], create_graph=True)
+        g = torch.Generator().manual_seed(4)
+        inputs = [made_of[k] for k in ("x", "dy", "weight")]
+        given = [torch.randn(t.shape, generator=g).to(t) for t in (*first, *inputs)]
+        second = torch.autograd.grad(first, inputs, given[:3], create_graph=True)
+        found = torch.autograd.grad(second, inputs, given[3:])
+        return dict(zip(("d3x", "d3dy", "d3weight"), found, strict=True))
+
+    ours, plain, oracle = third("cpu", False), third("torch", False), third("torch", True)
+    for name, value in ours.items():
+        assert_accurate(name, value, plain[name], oracle[name], value.dtype)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("offset", [0.0, 100.0, 3000.0])
 def test_mean_far_from_zero(offset: float, layout: str) -> None:
@@ -214,15 +251,18 @@ def test_any_shape(
     check(Case(shape, dtype, layout, groups, activation, training))
 
 
+@pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_bits_do_not_depend_on_threads(layout: str) -> None:
+def test_bits_do_not_depend_on_threads(layout: str, second: bool) -> None:
+    if second and layout == "contiguous":
+        pytest.skip("torch's own sums, whose order depends on the threads")
     case = Case((32, 70, 16, 16), layout=layout, groups=2)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(run(case, "cpu"))
+            results.append(run(case, "cpu", second=second))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
