@@ -7,8 +7,9 @@
 """
 
 from pygan.monitor.findings import FAULTS, Finding
+from pygan.monitor.fixes import AutoFix, halve
 from pygan.monitor.tensors import nonfinite
 from pygan.monitor.variety import Variety
 from pygan.monitor.watch import Monitor
 
-__all__ = ["FAULTS", "Finding", "Monitor", "Variety", "nonfinite"]
+__all__ = ["FAULTS", "AutoFix", "Finding", "Monitor", "Variety", "halve", "nonfinite"]
