@@ -186,6 +186,8 @@ def parse(argv: Sequence[str] | None) -> Request:
         raise UserError("--epochs and --steps both say when to stop; give one of them")
     if given.get("graph") == "on" and resume is None and not given.get("fused"):
         raise UserError("--graph on captures the fused step; add --fused, or leave it out")
+    if given.get("auto_fix") and given.get("monitor") is False:
+        raise UserError("--auto-fix does what the monitor advises; leave out one of them")
     if dry_run:
         if resume is not None:
             raise UserError("--dry-run tries out a new run; leave it out, or leave out --resume")

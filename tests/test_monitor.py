@@ -15,18 +15,26 @@ from training import resume, train
 import pygan
 from pygan import Finding, Monitor, checkpoint, data
 from pygan.config import Config
+from pygan.data.builtin import fashion_mnist
 from pygan.models import dcgan
 from pygan.monitor import FAULTS, AutoFix, Variety, nonfinite
 from pygan.training import Batches, Networks, Training
 
 NZ = 8
+COLLAPSES = ("mode_collapse", "partial_collapse")
 
 
 @pytest.fixture(scope="module")
 def real() -> Tensor:
     """Fashion-MNIST at 16 pixels, float in [-1, 1]."""
     images = data.load("fashion-mnist", image_size=16).images[::10]
-    return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def _shoes(real: Tensor) -> Tensor:
+    """Three classes out of ten, none of the first 500 images."""
+    labels = torch.tensor(fashion_mnist()[1][::10])[500:]
+    return real[500:][(labels == 5) | (labels == 7) | (labels == 9)]
 
 
 class Fixed(nn.Module):
@@ -131,8 +139,7 @@ def test_usual_gradients_are_none() -> None:
     [
         ("mode_collapse", lambda real: real[:1]),
         ("mode_collapse", lambda real: real[:6] + 0.001),
-        # Images alike, and twice as rough as any real one.
-        ("partial_collapse", lambda real: real.flip(2)[real.mean((1, 2, 3)) > -0.1]),
+        ("partial_collapse", _shoes),
         ("copies", lambda real: real[:500]),
         (None, lambda real: real[500:]),
     ],
@@ -142,9 +149,8 @@ def test_variety(code: str | None, images: Callable[[Tensor], Tensor], real: Ten
     D = dcgan(16, 1, NZ, 8, 8)[1]
     monitor = Monitor(Fixed(images(real)), D, real=real[:500], fixed_z=z)
     found = _watched(_fine, monitor=monitor)
-    assert [f.code for f in found if f.code != "copies" or code == "copies"] == (
-        [code] if code else []
-    )
+    # One of the images that a collapsed G shows may well be near to one of the data.
+    assert [f.code for f in found if f.code in (code, *COLLAPSES)] == ([code] if code else [])
 
 
 def test_variety_of_real_images_is_that_of_real_images(real: Tensor) -> None:
@@ -223,11 +229,14 @@ def test_too_few_real_images_are_refused(real: Tensor) -> None:
 def _trained(
     steps: int,
     width: int = 16,
+    batch_size: int = 32,
     change: Callable[[Networks], None] | None = None,
     **settings: object,
 ) -> list[Finding]:
     """Findings of a run on Fashion-MNIST at 16 pixels."""
-    config = Config(batch_size=32, nz=32, ngf=width, ndf=width, amp="off", fused=True, **settings)  # type: ignore[arg-type]
+    config = Config(
+        batch_size=batch_size, nz=32, ngf=width, ndf=width, amp="off", fused=True, **settings
+    )  # type: ignore[arg-type]
     images, device = data.load("fashion-mnist", image_size=16), torch.device("cpu")
     networks, batches = Networks(config, 16, 1, device), Batches(config, images, device)
     if change is not None:
@@ -257,7 +266,7 @@ def _rate(network: str, factor: float) -> Callable[[Networks], None]:
 def test_runs_with_one_network_at_rest_are_diagnosed(
     code: str, network: str, factor: float
 ) -> None:
-    assert code in _codes(_trained(520, 8, _rate(network, factor)))
+    assert code in _codes(_trained(440, 8, 16, _rate(network, factor)))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -286,9 +295,8 @@ def test_fixes_are_few_and_survive() -> None:
     other.load_state_dict(fixes.state_dict())
     assert other._step.real_target == 0.9
     assert other.apply(Finding("d_overpowers", 9)) is None
-    wasserstein = Networks(
-        Config(nz=NZ, ngf=8, ndf=8, loss="wasserstein"), 16, 1, torch.device("cpu")
-    )
+    config = Config(nz=NZ, ngf=8, ndf=8, loss="wasserstein")
+    wasserstein = Networks(config, 16, 1, torch.device("cpu"))
     assert "learning rate" in str(AutoFix(wasserstein.step).apply(Finding("d_overpowers", 1)))
     assert wasserstein.step.real_target == 1.0
 
@@ -326,6 +334,11 @@ def test_findings_reach_console_log_and_tensorboard(
     assert (tmp_path / "losses.png").exists()
     assert resume(tmp_path, "--steps=16") == 0
     assert [row["finding"] for row in _rows(tmp_path) if "finding" in row] == codes
+
+
+def test_fixes_without_a_monitor_contradict(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--auto-fix", "--no-monitor") == 2
+    assert "leave out one of them" in capsys.readouterr().err
 
 
 def test_without_a_monitor_nothing_is_looked_at(tmp_path: Path) -> None:
