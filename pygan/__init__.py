@@ -9,13 +9,16 @@ from pygan import functional, losses, models, nn
 from pygan.compile import compile_backend
 from pygan.errors import UserError
 from pygan.fuse import FuseReport, fuse, unfuse
+from pygan.monitor import Finding, Monitor
 from pygan.step import AdversarialStep, ReferenceStep, StepResult
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdversarialStep",
+    "Finding",
     "FuseReport",
+    "Monitor",
     "ReferenceStep",
     "StepResult",
     "UserError",

@@ -46,6 +46,8 @@ class Config:
     log_every: int = 20
     save_every: int = 500
     sample_every: int | None = None
+    monitor: bool = True
+    auto_fix: bool = False
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the whole run: `steps` where given, otherwise `epochs` passes."""
@@ -54,6 +56,7 @@ class Config:
 
 MAY_CHANGE: Final = {
     "epochs", "steps", "threads", "workers", "graph", "log_every", "save_every", "sample_every",
+    "monitor", "auto_fix",
 }  # fmt: skip
 
 
@@ -68,7 +71,7 @@ def _parser() -> cli.Parser:
 
     def add(*flags: str, help: str, **keywords: Any) -> None:
         value = getattr(default, flags[0].lstrip("-").replace("-", "_"), None)
-        shown = f" (default {value:g})" if isinstance(value, (int, float)) and value else ""
+        shown = f" (default {value:g})" if type(value) in (int, float) and value else ""
         parser.add_argument(*flags, help=help + shown, **keywords)
 
     _add_data(add)
@@ -126,6 +129,10 @@ def _add_run(add: Callable[..., None]) -> None:
         help="steps between checkpoints, which also end every epoch")
     add("--sample-every", type=count, metavar="STEPS",
         help="steps between sample pictures, which also end every epoch")
+    add("--monitor", action=argparse.BooleanOptionalAction,
+        help="say in words what training suffers from (default)")
+    add("--auto-fix", action="store_true",
+        help="do the safe ones of what the monitor advises: smoothed labels, lower learning rates")
 # fmt: on
 
 
@@ -179,6 +186,8 @@ def parse(argv: Sequence[str] | None) -> Request:
         raise UserError("--epochs and --steps both say when to stop; give one of them")
     if given.get("graph") == "on" and resume is None and not given.get("fused"):
         raise UserError("--graph on captures the fused step; add --fused, or leave it out")
+    if given.get("auto_fix") and given.get("monitor") is False:
+        raise UserError("--auto-fix does what the monitor advises; leave out one of them")
     if dry_run:
         if resume is not None:
             raise UserError("--dry-run tries out a new run; leave it out, or leave out --resume")

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -238,10 +238,12 @@ class RunFolder:
             kept = [line for line in lines if _logged_step(line) <= step]
             if len(kept) != len(lines):
                 self.write(LOG, b"".join(kept))
+        if self._log is not None:
+            self._log.close()
         with self.failing(LOG):
             self._log = open(path, "ab", buffering=0)  # noqa: SIM115
 
-    def log(self, row: dict[str, float]) -> None:
+    def log(self, row: Mapping[str, object]) -> None:
         """Appends one row to log.jsonl."""
         assert self._log is not None
         with self.failing(LOG):

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from pygan.cli import Failure
 from pygan.config import Config, fixed
 from pygan.data import ImageSet
 from pygan.functional import image_batch
+from pygan.monitor import AutoFix, Finding, Monitor, halve, nonfinite
 from pygan.run_folder import RESUME, RunFolder
 from pygan.sample import encode, generate, grid, latents
 
@@ -36,6 +37,18 @@ SAMPLES: Final = 64
 NUMBERS: Final = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_after")
 # Of the memory that is free once the networks are on the GPU, for the images.
 RESIDENT_SHARE: Final = 0.5
+# Of the data, for the monitor.
+REFERENCES: Final = 512
+# Times that NaN or infinity sends a run back to its last checkpoint.
+ROLLBACKS: Final = 3
+
+
+class Diverged(Failure):
+    """NaN or infinity in a run; ``what`` is not finite."""
+
+    def __init__(self, what: str, message: str) -> None:
+        super().__init__(message)
+        self.what = what
 
 
 class StopSignal:
@@ -95,6 +108,19 @@ class Progress:
         epoch, position = divmod(step - 1, self._per_epoch)
         epochs = -(-self._total // self._per_epoch)
         print(f"[{epoch}/{epochs}][{position}/{self._per_epoch}] {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text, file=sys.stdout)
+
+    def rewind(self, step: int) -> None:
+        """Goes back to a step."""
+        if self._bar is not None:
+            self._bar.n = self._bar.last_print_n = step * self._batch
+            self._bar.refresh()
 
     def close(self) -> None:
         if self._bar is not None:
@@ -261,6 +287,9 @@ class Training:
         self.per_epoch = self.batches.order.steps_per_epoch
         self.total = config.total_steps(self.per_epoch)
         self.fixed_z = latents(SAMPLES, config.nz, _seeds(config.seed)[1]).to(device)
+        self.monitor = self._monitor() if config.monitor else None
+        self.auto_fix = AutoFix(networks.step)
+        self.rollbacks = 0
         self.step = 0
         self.saved = 0
         self.seconds = 0.0
@@ -269,6 +298,20 @@ class Training:
         self._tick = self._last_log = time.perf_counter()
         self._events: SummaryWriter | None = None
         self._power = power.PowerLog(device)
+
+    def _monitor(self) -> Monitor:
+        chosen = np.sort(self._shuffled()[:REFERENCES])
+        real = torch.from_numpy(self.images.images[chosen]).permute(0, 3, 1, 2)
+        step = self.networks.step
+        return Monitor(
+            self.networks.G, self.networks.D,
+            real=real if len(real) >= 16 else None, fixed_z=self.fixed_z,
+            loss=self.config.loss, scaled=step.amp == "fp16",
+        )  # fmt: skip
+
+    def _shuffled(self) -> np.ndarray:
+        """Indices of the images, in an order of their own for what is shown."""
+        return np.random.default_rng(_seeds(self.config.seed)[2]).permutation(len(self.images))
 
     def state(self) -> dict[str, Any]:
         """The whole state of the run between two steps."""
@@ -283,6 +326,9 @@ class Training:
             "count": self.count,
             "random": random,
             "networks": self.networks.state(),
+            "monitor": None if self.monitor is None else self.monitor.state_dict(),
+            "auto_fix": self.auto_fix.state_dict(),
+            "rollbacks": self.rollbacks,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -292,6 +338,10 @@ class Training:
         self.seconds = state["seconds"]
         self.sums.copy_(state["sums"])
         self.count = state["count"]
+        self.rollbacks = state["rollbacks"]
+        self.auto_fix.load_state_dict(state["auto_fix"])
+        if self.monitor is not None and state["monitor"] is not None:
+            self.monitor.load_state_dict(state["monitor"])
         random = state["random"]
         torch.set_rng_state(random["torch"])
         self.batches.generator.set_state(random["latents"])
@@ -301,24 +351,22 @@ class Training:
     def start(self) -> None:
         """Opens the logs; a new run also gets its first checkpoint and `real_samples.png`."""
         if self.step == 0:
-            chosen = np.random.default_rng(_seeds(self.config.seed)[2]).permutation(
-                len(self.images)
-            )
-            real = self.images.images[np.sort(chosen[:SAMPLES])]
+            real = self.images.images[np.sort(self._shuffled()[:SAMPLES])]
             self.folder.write("real_samples.png", encode(grid(real)))
         self.folder.start_log(self.step)
         from torch.utils.tensorboard import SummaryWriter
 
         with self.folder.failing("the TensorBoard events"):
             self._events = SummaryWriter(
-                str(self.folder.path), purge_step=self.step + 1 if self.step else None
+                str(self.folder.path),
+                purge_step=self.step + 1 if self.step or self.rollbacks else None,
             )
 
     def run(self, stop: StopSignal) -> None:
         """Trains until the last step, or until `stop` is asked for.
 
         Raises:
-            Failure: a loss is not finite, or a file cannot be written.
+            Failure: a loss is not finite for the fourth time, or a file cannot be written.
         """
         self._tick = self._last_log = time.perf_counter()
         progress = Progress(self.step, self.total, self.config.batch_size, self.per_epoch)
@@ -331,7 +379,10 @@ class Training:
                 progress.advance()
                 # Asked once a step: a signal that comes later than this gets another step.
                 stopping = bool(stop.number)
-                self._after_step(stopping, progress)
+                try:
+                    self._after_step(stopping, progress)
+                except Diverged as error:
+                    self._roll_back(error, progress)
         finally:
             progress.close()
 
@@ -344,31 +395,82 @@ class Training:
         if self._due(self.config.log_every) or last:
             row = self._log()
             progress.show(self.step, row)
+            self._examine(row, progress)
         if milestone or self._due(self.config.sample_every):
             self._numbers()
             self._draw()
         if milestone or stopping or self._due(self.config.save_every):
             self.save(export=milestone or stopping)
 
+    def _examine(self, row: dict[str, Any], progress: Progress) -> None:
+        """Asks the monitor, writes what it found, and does about it what is allowed."""
+        if self.monitor is None:
+            return
+        for finding in self.monitor.check(self.step, [row[name] for name in NUMBERS[:4]]):
+            if finding.code == "nonfinite":
+                self._diverged(finding.where)
+            self._report(finding.row(), progress)
+            fix = self.auto_fix.apply(finding) if self.config.auto_fix else None
+            if fix is not None:
+                self.monitor.again(finding.code)
+                note = {"finding": "auto_fix", "severity": "note", "text": f"Auto-fix: {fix}."}
+                self._report({"step": self.step, **note}, progress)
+
+    def _report(self, row: dict[str, Any], progress: Progress) -> None:
+        progress.say(row["text"])
+        self.folder.log(row)
+        with self.folder.failing("the TensorBoard events"):
+            assert self._events is not None
+            self._events.add_text("findings", row["text"], self.step)
+
+    def _roll_back(self, error: Diverged, progress: Progress) -> None:
+        """Goes on from the last checkpoint, more slowly.
+
+        Raises:
+            Diverged: this has been done often enough.
+        """
+        if self.rollbacks == ROLLBACKS:
+            raise error
+        found = Finding("nonfinite", self.step, where=error.what)
+        self.close()
+        self.restore(checkpoint.read_state(self.folder.path / RESUME))
+        self.rollbacks += 1
+        # A run repeats itself to the bit, and would end where it did.
+        seed = _seeds(self.config.seed)[0] ^ self.rollbacks
+        self.batches.generator.manual_seed(seed)
+        rates = [halve(optimizer) for optimizer in (self.networks.opt_g, self.networks.opt_d)]
+        self.start()
+        self._tick = self._last_log = time.perf_counter()
+        progress.rewind(self.step)
+        text = (
+            f"{found} Rollback {self.rollbacks} of {ROLLBACKS}: the run goes on from its "
+            f"checkpoint of step {self.step} with halved learning rates ({rates[0]:g} of G, "
+            f"{rates[1]:g} of D) and other latents."
+        )
+        self._report({**found.row(), "step": self.step, "text": text}, progress)
+        self.save()
+
     def _numbers(self) -> list[float]:
         """Means since the last log line.
 
         Raises:
-            Failure: one of them is NaN or infinite.
+            Diverged: one of them is NaN or infinite.
         """
         values = (self.sums / max(self.count, 1)).tolist()
         for name, value in zip(NUMBERS, values, strict=True):
             if not math.isfinite(value):
-                self._diverged(f"{name} is {value}")
+                where = nonfinite(self.networks.G, self.networks.D, self.fixed_z)
+                self._diverged(f"{name} is {value}" + (f" (also {where})" if where else ""))
         return values
 
-    def _diverged(self, what: str) -> None:
+    def _diverged(self, what: str) -> NoReturn:
         newest = sorted(self.folder.path.glob("netG_epoch_*.pth"))
         weights = f", or from its weights, {newest[-1]}, with --netG" if newest else ""
-        raise Failure(
+        raise Diverged(
+            what,
             f"{what} after step {self.step}, so training has diverged and stops; the last good "
             f"checkpoint is {self.folder.path / RESUME} of step {self.saved}; start a new run with "
-            f"a lower --lr{weights}"
+            f"a lower --lr{weights}",
         )
 
     def _epoch(self) -> int:
@@ -449,9 +551,10 @@ class Training:
 
 
 def plot(rows: Sequence[dict[str, float]]) -> bytes:
-    """Losses and probabilities over the steps, as a PNG."""
+    """Losses and probabilities over the steps, as a PNG; rows without them are left out."""
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if "loss_d" in row]
     figure = Figure(figsize=(9, 6), layout="constrained")
     losses, probabilities = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in rows]
