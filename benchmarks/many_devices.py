@@ -7,7 +7,7 @@ over its bandwidth and 2 (n - 1) latencies (Patarasu and Yuan 2009). Backward hi
 the step's time of it. Synchronised batch norm reduces two sums a channel forward and backward in
 every pass, which nothing hides.
 
-``--check`` runs two gloo processes of one thread each and compares a predicted step with a measured.
+``--check`` compares a predicted step with one measured on two gloo processes of one thread.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| 1024 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"]) == 0
     assert "measured" in capsys.readouterr().out
