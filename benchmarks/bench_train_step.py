@@ -19,7 +19,7 @@ from benchmarks.measure import Call, Case, Side
 from benchmarks.parameters import pairs
 from benchmarks.recorded import recorded_time
 from benchmarks.same_update import Build, Models, Stepper, require_same_updates
-from benchmarks.steps import DCGAN_ADAM, Adam, EagerStep, Writing, networks
+from benchmarks.steps import DCGAN_ADAM, Adam, EagerStep, Networks, Writing, networks
 from benchmarks.work import train_step_work
 from pygan.models import dcgan
 
@@ -166,7 +166,11 @@ def require_right_steps(
     chosen = {way.name: (way.precision, way.build) for way in ways}
     # D's last map is 4x4; its channels double from `width` at half the image's size.
     smallest = batch * 16 * (setup.image[1] * setup.width // 8)
-    require_same_updates(models, chosen, PLAIN, data, NZ, smallest)
+
+    def plainly(nets: Networks) -> Any:
+        return EagerStep(nets, NZ, Writing()).step
+
+    require_same_updates(models, chosen, PLAIN, data, plainly, smallest)
 
 
 def side_of(way: Way, setup: Setup, *, full_only: bool = False) -> Side:
@@ -185,7 +189,7 @@ def side_of(way: Way, setup: Setup, *, full_only: bool = False) -> Side:
         name=way.name,
         precision=way.precision,
         build=build,
-        work=train_step_work(*models, NZ, setup.image, setup.batch, itemsize),
+        work=train_step_work(*models, (NZ, 1, 1), setup.image, setup.batch, itemsize),
         baseline=way.baseline,
         full_only=full_only or way.full_only,
     )

@@ -67,7 +67,7 @@ class UpsampleDiscriminator(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         out = self.model(image)
-        return self.adv_layer(out.view(out.shape[0], -1))
+        return self.adv_layer(torch.flatten(out, 1))
 
 
 class GeneratorBlock(nn.Module):

@@ -1,13 +1,15 @@
-"""Tables from a result, and results into the repository.
+"""Tables and pictures from results, and results into the repository.
 
-``python -m benchmarks.report RESULT.json`` prints, as Markdown, what the whole training step gains,
+``python -m benchmarks.report RESULT.json...`` prints, as Markdown, what whole training steps gain,
 then what ``pygan.fuse`` alone brings to networks, sampling, memory, and every side of the step;
 ``--all`` adds the single operations.
 ``--update README.md`` puts them between ``<!-- results -->`` and ``<!-- /results -->``.
 ``--out benchmarks/results`` keeps the result there, in a folder named after the device, and beside
-it the table of the convolutions by layer.
+it the table of the convolutions by layer and the pictures of `benchmarks.pictures`.
 
-RESULT.json is what ``pytest benchmarks --benchmark-only --benchmark-json RESULT.json`` wrote.
+RESULT.json is what ``pytest benchmarks --benchmark-only --benchmark-json RESULT.json`` wrote, or
+``python -m benchmarks.scaling --out RESULT.json``, which is drawn. Of several results the later one
+has the word about a case that both hold.
 """
 
 from __future__ import annotations
@@ -20,17 +22,31 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import summary
+from benchmarks.pictures import draw
 from pygan import cli
 from pygan.errors import UserError
 from pygan.run_folder import replace_file
 
 PROG = "python -m benchmarks.report"
 START, END = "<!-- results -->", "<!-- /results -->"
-HEADLINE = "bench_train_step.py"
+HEADLINE = ("bench_train_step.py", "bench_other_steps.py")
 LAYERS = "bench_strided_conv.py"
+DRAWN = (LAYERS, "bench_folded_conv.py", "bench_norm_act.py", "bench_image_batch.py")
 DROP_IN = ("bench_dropin.py", "bench_penalty.py")
 BESIDE = ("bench_sampling.py", "bench_memory.py")
 LEAST_ROUNDS = 7
+
+
+ADVICE = "give a file written by `pytest benchmarks --benchmark-only --benchmark-json FILE`"
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {ADVICE}") from None
+    except ValueError:
+        raise UserError(f"{path} is not JSON; {ADVICE}") from None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -39,17 +55,58 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, is not JSON, or holds no record of these benchmarks.
     """
-    advice = "give a file written by `pytest benchmarks --benchmark-only --benchmark-json FILE`"
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); {advice}") from None
-    except ValueError:
-        raise UserError(f"{path} is not JSON; {advice}") from None
+    return _checked(path, _read(path))
+
+
+def _checked(path: Path, result: Any) -> dict[str, Any]:
     entries = result.get("benchmarks") if isinstance(result, dict) else None
     if not entries or not all("ratios" in entry.get("extra_info", {}) for entry in entries):
-        raise UserError(f"{path} holds no records of these benchmarks; {advice}")
+        raise UserError(f"{path} holds no records of these benchmarks; {ADVICE}")
     return result
+
+
+def _device(conditions: dict[str, Any]) -> tuple[Any, ...]:
+    return conditions["device"], conditions["threads"], conditions["torch"]
+
+
+def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several: all cases, each as the last one has it that holds it.
+
+    Raises:
+        UserError: they were measured on different machines or versions of torch.
+    """
+    first = results[0]
+    found = {
+        _device(entry["extra_info"]["conditions"]) for r in results for entry in r["benchmarks"]
+    }
+    if len(found) > 1:
+        raise UserError(
+            f"the results are of {len(found)} devices, numbers of threads or versions of torch; "
+            "make a report of each"
+        )
+    latest: dict[str, Sequence[Any]] = {}
+    for result in results:
+        cases: dict[str, list[Any]] = {}
+        for entry in result["benchmarks"]:
+            cases.setdefault(entry["extra_info"]["case"], []).append(entry)
+        latest |= cases
+    return first | {
+        "benchmarks": [entry for entries in latest.values() for entry in entries],
+        "command": " && ".join(dict.fromkeys(r["command"] for r in results)),
+        "quick": any(r.get("quick") for r in results),
+        "measured": list(dict.fromkeys(each for r in results for each in _measured(r))),
+    }
+
+
+def _measured(result: dict[str, Any]) -> list[str]:
+    """When and at which commit; of several results, what was measured first comes first."""
+    if "measured" in result:
+        return list(result["measured"])
+    commit = result.get("commit_info", {})
+    version = f"commit {commit['id'][:12]}" if commit.get("id") else "no commit recorded"
+    if commit.get("dirty"):
+        version += " with changes"
+    return [f"{result['datetime'][:10]}, {version}"]
 
 
 def _of(result: dict[str, Any], *modules: str) -> list[summary.Record]:
@@ -62,11 +119,7 @@ def _of(result: dict[str, Any], *modules: str) -> list[summary.Record]:
 
 
 def _conditions(result: dict[str, Any], record: summary.Record) -> str:
-    commit = result.get("commit_info", {})
-    version = f"commit {commit['id'][:12]}" if commit.get("id") else "no commit recorded"
-    if commit.get("dirty"):
-        version += " with changes"
-    return f"Measured on {summary.machine_line(record)}. {result['datetime'][:10]}, {version}."
+    return f"Measured on {summary.machine_line(record)}. {'; '.join(_measured(result))}."
 
 
 def tables(result: dict[str, Any], *, headline_only: bool = True) -> str:
@@ -75,7 +128,7 @@ def tables(result: dict[str, Any], *, headline_only: bool = True) -> str:
     Raises:
         UserError: no record of the training step, and only the headline is wanted.
     """
-    step, beside = _of(result, HEADLINE), _of(result, *BESIDE)
+    step, beside = _of(result, *HEADLINE), _of(result, *BESIDE)
     dropped_in = _of(result, *DROP_IN)
     if headline_only and not step:
         raise UserError(
@@ -188,17 +241,36 @@ def keep(result: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def pictures(result: dict[str, Any], grown: Sequence[Any], folder: Path) -> list[Path]:
+    """Draw what there is into ``folder``; see :func:`benchmarks.pictures.draw`."""
+    return draw(
+        folder,
+        whole_steps=_of(result, *HEADLINE),
+        used=_of(result, "bench_memory.py"),
+        operations=_of(result, *DRAWN),
+        grown=grown,
+    )
+
+
 def _report(arguments: Sequence[str] | None) -> int:
-    parser = cli.Parser(prog=PROG, description="Markdown tables from a benchmark result.")
-    parser.add_argument("result", type=Path, metavar="RESULT.json")
+    parser = cli.Parser(prog=PROG, description="Tables and pictures from benchmark results.")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
     parser.add_argument("--all", action="store_true", help="the single operations as well")
     parser.add_argument("--update", type=Path, metavar="README.md", help="rewrite its tables")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the result in DIR/<device>/")
     options = parser.parse_args(arguments)
-    result = load(options.result)
+    read = [(path, _read(path)) for path in options.results]
+    scaled = [r for _, r in read if isinstance(r, dict) and r.get("kind") == "scaling"]
+    timed = [_checked(path, r) for path, r in read if r not in scaled]
+    if not timed:
+        raise UserError(f"there is only how cost grows, and no table of it; {ADVICE} as well")
+    result = joined(timed)
     text = tables(result, headline_only=not options.all)
     if options.out:
-        print(f"kept as {keep(result, options.out)}", file=sys.stderr)
+        kept = keep(result, options.out)
+        grown = [each for r in scaled for each in r["series"]]
+        drawn = pictures(result, grown, kept.parent)
+        print("kept as", ", ".join(map(str, (kept, *drawn))), file=sys.stderr)
     if options.update:
         update(options.update, text)
     else:

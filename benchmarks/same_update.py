@@ -24,7 +24,7 @@ from benchmarks.correct import (
     require_right,
     without_search,
 )
-from benchmarks.steps import Adam, EagerStep, Losses, Networks, Writing, networks
+from benchmarks.steps import Adam, Losses, Networks, networks
 
 CHECK_ADAM = Adam(lr=1e-4, eps=1.0)
 # "Within 1e-5" is the promise that training with and without fusion gives the same numbers.
@@ -142,19 +142,20 @@ def require_same_updates(
     sides: Mapping[str, tuple[str, Build]],
     plain: Mapping[str, Build],
     data: Data,
-    nz: int,
+    plainly: Callable[[Networks], Callable[..., Sequence[Tensor]]],
     activations: int,
 ) -> None:
     """Check ``sides`` (precision and builder by name) against float64, and raise CheckFailed.
 
-    ``plain[precision]`` builds plain torch in that precision; a side may be off by twice as much
-    (2.2 times in bf16), or by `floors`.
+    ``plainly`` makes plain torch's step of networks, for those in float64. ``plain[precision]``
+    builds plain torch in that precision; a side may be off by twice as much (2.2 times in bf16), or
+    by `floors`.
     """
     device = data[0][0].device
     exact = networks(models, device, dtype=torch.float64, adam=CHECK_ADAM)
     exact_data = [(real.double(), z.double()) for real, z in data]
     with without_search():
-        history = list(updates(Stepper(exact, EagerStep(exact, nz, Writing()).step), exact_data))
+        history = list(updates(Stepper(exact, plainly(exact)), exact_data))
     states, truth = [state for state, _ in history], [update for _, update in history]
 
     def errors(build: Build) -> dict[str, float]:

@@ -121,17 +121,29 @@ def update_bytes(
 def train_step_work(
     generator: nn.Module,
     discriminator: nn.Module,
-    nz: int,
+    latent: tuple[int, ...],
     image: tuple[int, int, int],
     batch: int,
     itemsize: int,
 ) -> Work:
-    """One update of ``batch`` images ``[C, H, W]``; the networks live on the meta device."""
-    g = count_forward(generator, (nz, 1, 1))
+    """One update of ``batch`` images ``[C, H, W]``, as D sees them; the networks live on the meta
+    device."""
+    g = count_forward(generator, latent)
     d = count_forward(discriminator, image)
     parameters = sum(p.numel() for net in (generator, discriminator) for p in net.parameters())
     flops = update_flops(g, d)
     return Work(batch * flops, batch * update_bytes(g, d, parameters, batch, itemsize))
+
+
+def penalty_work(network: nn.Module, shape: tuple[int, ...], batch: int, itemsize: int) -> Work:
+    """A penalty on the gradient of ``network``'s output with respect to ``batch`` inputs: forward,
+    that gradient, and the way back through it: gradients of the weights, and of what it was made
+    of. Without norms and with piecewise linear activations nothing comes back to the forward. The
+    network lives on the meta device.
+    """
+    count = count_forward(network, shape)
+    moved = batch * count.moved + (count.weights if batch else 0)
+    return Work(8.0 * batch * count.macs, 4.0 * moved * itemsize)
 
 
 def forward_work(network: nn.Module, shape: tuple[int, ...], batch: int, itemsize: int) -> Work:

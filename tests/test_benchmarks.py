@@ -23,6 +23,7 @@ from benchmarks import (
     bench_dropin,
     bench_folded_conv,
     bench_memory,
+    bench_other_steps,
     bench_penalty,
     bench_sampling,
     bench_strided_conv,
@@ -44,6 +45,7 @@ from benchmarks.bench_train_step import PLAIN
 from benchmarks.correct import CheckFailed, relative_error, require_right
 from benchmarks.ratio import median_interval, speed_ratio, spread
 from benchmarks.recorded import recorded_time, replay
+from benchmarks.steps import EagerStep, Networks, Writing
 from pygan import power
 from pygan.errors import UserError
 from pygan.models import dcgan
@@ -136,7 +138,9 @@ def test_bytes_of_an_update() -> None:
     with torch.device("meta"):
         generator = nn.Sequential(nn.ConvTranspose2d(10, 3, 4, 1, 0, bias=False))
         discriminator = nn.Sequential(nn.Conv2d(3, 1, 4, 1, 0, bias=False))
-    found = work.train_step_work(generator, discriminator, 10, (3, 4, 4), batch=2, itemsize=4)
+    found = work.train_step_work(
+        generator, discriminator, (10, 1, 1), (3, 4, 4), batch=2, itemsize=4
+    )
     image, z, logit = 48, 10, 1
     g_passes = 2 * (z + image)  # forward, weight gradient
     d_passes = 2 * 2 * (image + logit) + 2 * (image + logit)
@@ -407,8 +411,11 @@ def _data() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _require(build: same_update.Build, precision: str = "fp32") -> None:
+    def plainly(nets: Networks) -> Any:
+        return EagerStep(nets, 8, Writing()).step
+
     same_update.require_same_updates(
-        _models(), {"side": (precision, build)}, PLAIN, _data(), nz=8, activations=8 * 16 * 16
+        _models(), {"side": (precision, build)}, PLAIN, _data(), plainly, activations=8 * 16 * 16
     )
 
 
@@ -789,6 +796,7 @@ def _ids() -> list[str]:
         bench_sampling.CASES,
         bench_dropin.CASES,
         bench_penalty.CASES,
+        bench_other_steps.CASES,
     )
     sides = [side.id for cases in modules for case in cases.values() for side in case.sides]
     return [*sides, *bench_memory.SIDES]

@@ -28,7 +28,7 @@ def test_work_of_a_step(network: str, gflops: float, launches: int) -> None:
     size, channels = step_model.NETWORKS[network]
     with torch.device("meta"):
         models = dcgan(size, channels)
-    counted = work.train_step_work(*models, 100, (channels, size, size), batch, 2)
+    counted = work.train_step_work(*models, (100, 1, 1), (channels, size, size), batch, 2)
     found = kernels(network, batch)
     flops = sum(kernel.flops for kernel in found)
     assert flops == counted.flops
