@@ -284,7 +284,7 @@ def _side(name: str, way: Way, work: Work, *, baseline: bool) -> Side:
         build=build,
         work=strided_conv_work(BATCH, layer.size, layer.small, layer.big, work.dtype.itemsize),
         baseline=baseline,
-        full_only=bool(way.threads) or layer not in QUICK_LAYERS,
+        full_only=bool(way.threads) or layer not in QUICK_LAYERS or work[1:] == ("down", "bf16"),
         missing=functools.partial(missing, work, way),
     )
 

@@ -99,7 +99,7 @@ FULL = Plan(rounds=15, sample_seconds=0.25, warmup_calls=3, warmup_seconds=0.5, 
 QUICK = Plan(rounds=6, sample_seconds=0.01, warmup_calls=1, warmup_seconds=0.02, peak_repeats=2)
 
 
-PEAKS_AGE = 20.0  # seconds
+PEAKS_AGE = 60.0  # seconds
 
 
 @dataclass
