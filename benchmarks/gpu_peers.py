@@ -1,6 +1,7 @@
-"""The training step as GPU users make it fast: torch.compile, and a CUDA graph captured by hand.
+"""The training step as experts make it fast: torch.compile, and a CUDA graph captured by hand.
 
-With `benchmarks.bench_train_step`'s they are the peers of a GPU. All but the plain ones use
+With `benchmarks.bench_train_step`'s they are the peers of a GPU; those of torch.compile are a CPU's
+as well. All but the plain ones use
 automatic mixed precision in bfloat16, channels_last, fused Adam, and no weight gradients of D in
 the step of G.
 """
@@ -87,8 +88,8 @@ class Compiled:
     networks, with Adam's new settings.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self._options = options
+    def __init__(self, writing: Writing = BY_HAND, **options: Any) -> None:
+        self._writing, self._options = writing, options
         self._built: Stepper | None = None
 
     def __call__(self, models: Models, device: torch.device, adam: Adam) -> Stepper:
@@ -104,7 +105,8 @@ class Compiled:
         # Sizes are fixed, and a second size is another benchmark.
         generator: Any = torch.compile(nets.generator, dynamic=False, **self._options)
         discriminator: Any = torch.compile(nets.discriminator, dynamic=False, **self._options)
-        eager = EagerStep(Networks(generator, discriminator, nets.opt_g, nets.opt_d), NZ, BY_HAND)
+        compiled = Networks(generator, discriminator, nets.opt_g, nets.opt_d)
+        eager = EagerStep(compiled, NZ, self._writing)
 
         def step(real: Tensor, z: Tensor | None = None) -> Losses:
             torch.compiler.cudagraph_mark_step_begin()

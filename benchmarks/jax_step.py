@@ -1,4 +1,4 @@
-"""DCGAN's D+G update in JAX, as one jitted function: a peer on GPUs.
+"""DCGAN's D+G update in JAX, as one jitted function.
 
 Channels last, bfloat16 in the convolutions and float32 elsewhere, weights and optimizer state
 donated. The transposed convolution comes in two forms: as a convolution over a map with zeros

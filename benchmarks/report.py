@@ -29,7 +29,7 @@ from pygan.run_folder import replace_file
 
 PROG = "python -m benchmarks.report"
 START, END = "<!-- results -->", "<!-- /results -->"
-HEADLINE = ("bench_train_step.py", "bench_other_steps.py")
+HEADLINE = ("bench_train_step.py", "bench_other_steps.py", "bench_compilers.py")
 LAYERS = "bench_strided_conv.py"
 DRAWN = (LAYERS, "bench_folded_conv.py", "bench_norm_act.py", "bench_image_batch.py")
 DROP_IN = ("bench_dropin.py", "bench_penalty.py")

@@ -47,7 +47,10 @@ def _ratio(record: Record, baseline: str | None) -> str:
     if record["side"] == baseline:
         return "1"
     ratio = record["ratios"][baseline]
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+    low, high = f"{ratio['low']:.2f}", f"{ratio['high']:.2f}"
+    # An interval that holds 1 tells no difference.
+    told = "≈ 1" if ratio["low"] <= 1 <= ratio["high"] else f"{ratio['median']:.2f}"
+    return f"{told} ({low}–{high})"
 
 
 def is_memory(record: Record) -> bool:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pygan
 from benchmarks import (
+    bench_compilers,
     bench_dropin,
     bench_folded_conv,
     bench_memory,
@@ -797,6 +798,7 @@ def _ids() -> list[str]:
         bench_dropin.CASES,
         bench_penalty.CASES,
         bench_other_steps.CASES,
+        bench_compilers.CASES,
     )
     sides = [side.id for cases in modules for case in cases.values() for side in case.sides]
     return [*sides, *bench_memory.SIDES]
