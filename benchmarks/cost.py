@@ -123,7 +123,8 @@ def _train(run: Path, flags: list[str], samples: int) -> dict[str, Any]:
     """A run's costs, and its distances after every epoch saved."""
     command = [sys.executable, "-m", "pygan.train", "--outf", str(run), "--overwrite", *flags]
     used = _run(command)
-    rows = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
+    logged = map(json.loads, (run / LOG).read_text().splitlines())
+    rows = [row for row in logged if "finding" not in row]
     stored = read_config(run)
     batch = stored["config"]["batch_size"]
     per_epoch = stored["data"]["images"] // batch

@@ -1,8 +1,9 @@
 """Pictures of benchmark results, for a page 800 pixels wide.
 
 `draw` writes those whose records are there: ``steps.png``, images/s of every side of the whole
-steps; ``roofline.png``, convolutions and pointwise operations against the measured peaks;
-``memory.png``; ``scaling.png``. The colours are Okabe and Ito's, which the colour-blind tell apart.
+steps, and ``peers.png``, those of the one case in which compilers take part; ``roofline.png``,
+convolutions and pointwise operations against the measured peaks; ``memory.png``; ``scaling.png``.
+The colours are Okabe and Ito's, which the colour-blind tell apart.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS, PEERS, DARK, PALE = "#D55E00", "#0072B2", "#333333", "#999999"
+EVERY_PEER = "dcgan64-compilers"
 WIDTH = 8.0  # inches, of 200 dots: sharp where 800 pixels show them
 Records = Sequence[Record]
 
@@ -194,6 +196,8 @@ def draw(
     made: dict[str, Figure] = {}
     if whole_steps:
         made["steps"] = steps(whole_steps)
+    if peers := [record for record in whole_steps if record["case"] == EVERY_PEER]:
+        made["peers"] = steps(peers)
     if operations:
         made["roofline"] = roofline(operations)
     if used:

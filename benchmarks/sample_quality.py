@@ -4,7 +4,8 @@ A small classifier is trained on the run's real images, which need labels, and k
 cache. In its penultimate features the Fréchet distance between samples and all real images is
 taken (`pygan.metrics`), for the first and the last epoch saved, or with ``--every-epoch`` for all.
 Beside it: how the classifier sorts 1,000 samples into classes, and their variety, the mean distance
-between two samples in feature space relative to that between two real images.
+between two samples in feature space relative to that between two real images; kernel distance,
+precision, recall, density, coverage and copies in the same features (`pygan.metrics`).
 
 The distance depends on the classifier, so only its ratio between epochs or runs means something.
 It is reported against that of the real images themselves, one half against the other.
@@ -34,7 +35,7 @@ from pygan import cli, data
 from pygan.checkpoint import load_generator
 from pygan.data.cache import Cache
 from pygan.errors import UserError
-from pygan.metrics import feature_statistics, frechet_distance
+from pygan.metrics import feature_statistics, frechet_distance, kernel_distance, neighbours
 from pygan.run_folder import read_config, replace_file
 from pygan.sample import generate, latents
 
@@ -162,6 +163,12 @@ class Quality(NamedTuple):
     distance: float
     shares: list[float]
     variety: float
+    kernel: float
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    copies: float
 
 
 def spread(features: Tensor) -> float:
@@ -179,6 +186,8 @@ def quality(model: Classifier, samples: np.ndarray, real_features: Tensor) -> Qu
         distance=frechet_distance(features, real_features),
         shares=(counts / len(found)).tolist(),
         variety=spread(features[:SORTED]) / spread(real_features[:SORTED]),
+        kernel=kernel_distance(features, real_features).mean,
+        **neighbours(real_features, features)._asdict(),
     )
 
 
@@ -260,6 +269,14 @@ def report(result: dict[str, Any]) -> Iterator[str]:
             f"{row['epoch']:>5}   {row['distance']:>8.2f}   {row['ratio']:>14.3f}   "
             f"{sum(share > 0 for share in shares):>2} of {len(shares)}   {max(shares):>7.1%}   "
             f"{min(shares):>8.1%}   {row['variety']:>7.2f}"
+        )
+    yield ""
+    yield "epoch   kernel distance   precision   recall   density   coverage   copies"
+    for row in result["epochs"]:
+        yield (
+            f"{row['epoch']:>5}   {row['kernel']:>15.4g}   {row['precision']:>9.1%}   "
+            f"{row['recall']:>6.1%}   {row['density']:>7.2f}   {row['coverage']:>8.1%}   "
+            f"{row['copies']:>6.1%}"
         )
     last = result["epochs"][-1]
     passed = {

@@ -1,13 +1,22 @@
-"""Fréchet distance against closed forms."""
+"""Measures of samples against closed forms and sums by hand."""
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from pygan.errors import UserError
-from pygan.metrics import FeatureStatistics, feature_statistics, frechet_distance
+from pygan.metrics import (
+    FeatureStatistics,
+    Neighbours,
+    feature_statistics,
+    frechet_distance,
+    kernel_distance,
+    neighbours,
+)
 
 
 def _features(n: int, d: int, seed: int) -> np.ndarray:
@@ -121,3 +130,96 @@ def test_refuses(features: np.ndarray, named: str) -> None:
 def test_refuses_different_dimensions() -> None:
     with pytest.raises(UserError, match="4 and 5 dimensions"):
         frechet_distance(_features(10, 4, 0), _features(10, 5, 0))
+
+
+def _by_hand(a: np.ndarray, b: np.ndarray) -> float:
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return float((sum(p * q for p, q in zip(x, y, strict=True)) / len(x) + 1) ** 3)
+
+    def within(rows: np.ndarray) -> float:
+        pairs = [kernel(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+        return sum(pairs) / len(pairs)
+
+    between = [kernel(x, y) for x in a for y in b]
+    return within(a) + within(b) - 2 * sum(between) / len(between)
+
+
+def test_kernel_distance_by_hand() -> None:
+    a, b = _features(9, 4, 1), _features(9, 4, 2)
+    found = kernel_distance(a, b, subsets=3, subset_size=100)
+    # Each set is one subset, whatever the order of its rows.
+    assert found.mean == pytest.approx(_by_hand(a, b), rel=1e-12)
+    assert found.deviation == pytest.approx(0.0, abs=1e-9 * abs(found.mean))
+
+
+def test_kernel_distance_of_one_distribution_is_about_zero() -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.standard_normal((2, 2000, 8))
+    found = kernel_distance(a, b, subsets=50, subset_size=500)
+    assert abs(found.mean) < 3 * found.deviation
+    assert kernel_distance(a, b + 1.0, subset_size=500).mean > 10 * found.deviation
+    assert kernel_distance(a, b, seed=1) == kernel_distance(a, b, seed=1)
+
+
+def _neighbours_by_hand(real: np.ndarray, fake: np.ndarray) -> Neighbours:
+    def apart(x: np.ndarray, y: np.ndarray) -> float:
+        return float(np.sqrt(np.square(x - y).sum()))
+
+    def radius(rows: np.ndarray, i: int, k: int) -> float:
+        return sorted(apart(rows[i], other) for j, other in enumerate(rows) if j != i)[k - 1]
+
+    real3 = [radius(real, i, 3) for i in range(len(real))]
+    real5 = [radius(real, i, 5) for i in range(len(real))]
+    fake3 = [radius(fake, i, 3) for i in range(len(fake))]
+    double = np.quantile([radius(real, i, 1) for i in range(len(real))], 0.01)
+    d = np.array([[apart(f, r) for r in real] for f in fake])
+    return Neighbours(
+        precision=float(np.mean([any(row <= real3) for row in d])),
+        recall=float(np.mean([any(column <= fake3) for column in d.T])),
+        density=float((d <= real5).sum() / (5 * len(fake))),
+        coverage=float(np.mean([column.min() <= r for column, r in zip(d.T, real5, strict=True)])),
+        copies=float(np.mean(d.min(1) < double)),
+    )
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 3.0])
+def test_neighbours_by_hand(shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[neighbours.__module__], "_BLOCK", 7)
+    generator = np.random.default_rng(3)
+    real = generator.standard_normal((40, 3))
+    fake = np.concatenate([generator.standard_normal((29, 3)) + shift, real[:3]])
+    assert neighbours(real, fake) == pytest.approx(_neighbours_by_hand(real, fake), abs=1e-12)
+
+
+def test_neighbours_at_the_limits() -> None:
+    generator = np.random.default_rng(4)
+    real, others = generator.standard_normal((2, 300, 4))
+    same = neighbours(real, real)
+    assert (same.precision, same.recall, same.coverage, same.copies) == (1, 1, 1, 1)
+    assert neighbours(real, others + 100) == (0, 0, 0, 0, 0)
+    fresh = neighbours(real, others)
+    assert fresh.copies < 0.05
+    assert fresh.density == pytest.approx(1.0, abs=0.15)
+    # One mode only: what is there is good, and little is covered.
+    narrow = neighbours(real, real[:1] + 1e-3 * others)
+    assert narrow.precision == 1
+    assert narrow.recall < 0.05 and narrow.coverage < 0.1
+
+
+@pytest.mark.parametrize(
+    ("real", "fake", "message"),
+    [
+        (np.zeros((5, 3)), np.zeros((9, 3)), "at least 6"),
+        (np.zeros((9, 3)), np.zeros((9, 2)), "3 and 2 dimensions"),
+        (np.zeros((9, 3)), np.full((9, 3), np.nan), "NaN"),
+        (np.zeros(9), np.zeros((9, 3)), r"shape \[9\]"),
+    ],
+)
+def test_features_without_neighbours(real: np.ndarray, fake: np.ndarray, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        neighbours(real, fake)
+
+
+def test_subsets_that_say_nothing() -> None:
+    with pytest.raises(UserError, match="0 subsets"):
+        kernel_distance(np.zeros((3, 1)), np.zeros((3, 1)), subsets=0)
