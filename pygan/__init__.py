@@ -11,16 +11,19 @@ from pygan.errors import UserError
 from pygan.fuse import FuseReport, fuse, unfuse
 from pygan.monitor import Finding, Monitor
 from pygan.step import AdversarialStep, ReferenceStep, StepResult
+from pygan.tricks import Ema, Tricks
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdversarialStep",
+    "Ema",
     "Finding",
     "FuseReport",
     "Monitor",
     "ReferenceStep",
     "StepResult",
+    "Tricks",
     "UserError",
     "compile_backend",
     "functional",

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pygan.augment import diff_augment
 from pygan.losses import GanLoss, gan_d_loss, gan_g_loss
 from pygan.ops import binary_cross_entropy as _bce
 from pygan.ops import folded_conv as _folded
 from pygan.ops import image_batch as _batch
 from pygan.ops import norm_act as _norm
 from pygan.ops import strided_conv as _conv
+from pygan.penalties import gradient_penalty, r1_penalty
 
 __all__ = [
     "GanLoss",
@@ -22,10 +24,13 @@ __all__ = [
     "conv_norm_act",
     "conv_transpose2d",
     "conv_transpose_norm_act",
+    "diff_augment",
     "gan_d_loss",
     "gan_g_loss",
+    "gradient_penalty",
     "image_batch",
     "norm_act",
+    "r1_penalty",
     "upsample_conv2d",
 ]
 

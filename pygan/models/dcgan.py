@@ -7,10 +7,12 @@ ways. The discriminator returns logits: the sigmoid belongs to the loss, where i
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from pygan.errors import UserError
 
 LEAKY_SLOPE = 0.2
+D_NORMS = ("batch", "spectral", "none")
 
 
 def _check_sizes(image_size: int, **counts: int) -> int:
@@ -64,25 +66,32 @@ class Discriminator(nn.Module):
     """Images to logits.
 
     ``x [N, channels, image_size, image_size]`` -> ``[N]``; ``sigmoid`` of it is D(x). Mirrors the
-    generator with Conv2d(4, 2, 1) + BatchNorm2d + LeakyReLU(0.2); no norm on the first layer.
+    generator with Conv2d(4, 2, 1) + BatchNorm2d + LeakyReLU(0.2); no norm on the first layer. Norm
+    "spectral" (Miyato et al. 2018, arXiv:1802.05957) is of every weight, and with it or "none"
+    convolutions have biases in place of batch norms.
     """
 
-    def __init__(self, image_size: int = 64, channels: int = 3, ndf: int = 64) -> None:
+    def __init__(
+        self, image_size: int = 64, channels: int = 3, ndf: int = 64, norm: str = "batch"
+    ) -> None:
         super().__init__()
         levels = _check_sizes(image_size, channels=channels, ndf=ndf)
+        if norm not in D_NORMS:
+            raise UserError(f"D's norm is {norm!r}; it is one of {', '.join(D_NORMS)}")
+        bias = norm != "batch"
         layers: list[nn.Module] = [
-            nn.Conv2d(channels, ndf, 4, 2, 1, bias=False),
+            nn.Conv2d(channels, ndf, 4, 2, 1, bias=bias),
             nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
         ]
         width = ndf
         for _ in range(levels - 1):
-            layers += [
-                nn.Conv2d(width, width * 2, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(width * 2),
-                nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
-            ]
+            layers += [nn.Conv2d(width, width * 2, 4, 2, 1, bias=bias)]
+            layers += [nn.BatchNorm2d(width * 2)] if norm == "batch" else []
+            layers += [nn.LeakyReLU(LEAKY_SLOPE, inplace=True)]
             width *= 2
-        layers += [nn.Conv2d(width, 1, 4, 1, 0, bias=False)]
+        layers += [nn.Conv2d(width, 1, 4, 1, 0, bias=bias)]
+        if norm == "spectral":
+            layers = [spectral_norm(m) if isinstance(m, nn.Conv2d) else m for m in layers]
         self.main = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +109,12 @@ def init_weights(module: nn.Module) -> None:
 
 
 def dcgan(
-    image_size: int = 64, channels: int = 3, nz: int = 100, ngf: int = 64, ndf: int = 64
+    image_size: int = 64,
+    channels: int = 3,
+    nz: int = 100,
+    ngf: int = 64,
+    ndf: int = 64,
+    d_norm: str = "batch",
 ) -> tuple[Generator, Discriminator]:
     """A DCGAN generator and discriminator, initialised the usual way from torch's global seed.
 
@@ -109,12 +123,13 @@ def dcgan(
         channels: 1 for grey, 3 for colour.
         nz: length of the latent vector.
         ngf, ndf: channels of the widest map in G and D; each halving of the map doubles them.
+        d_norm: of D: "batch", "spectral" or "none".
 
     Raises:
         UserError: a size outside these.
     """
     generator = Generator(image_size, channels, nz, ngf)
-    discriminator = Discriminator(image_size, channels, ndf)
+    discriminator = Discriminator(image_size, channels, ndf, d_norm)
     generator.apply(init_weights)
     discriminator.apply(init_weights)
     return generator, discriminator
