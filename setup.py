@@ -284,6 +284,7 @@ setup(
     package_data={
         "pygan": ["py.typed", "*.pyi"],
         "pygan.data": ["fashion_mnist/*"],
+        "pygan.metrics": ["*.safetensors"],
     },
     install_requires=[
         "torch>=2.9",
@@ -300,7 +301,7 @@ setup(
         # Required already; the names say which part of pygan needs what.
         "data": DATA,
         "viz": VIZ,
-        "eval": DATA,
+        "eval": ["torch-fidelity"],
         "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "clang-format==23.1.5", XDIST],
     },
     entry_points={

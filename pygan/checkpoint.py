@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from pygan.errors import UserError
 from pygan.models import Generator
-from pygan.run_folder import RESUME
+from pygan.run_folder import PREVIOUS, RESUME
 
 _METADATA = "pygan"
 _TREE = "run-state-1"
@@ -148,6 +147,24 @@ def read_state(path: Path) -> dict[str, Any]:
     return _regrow(content["tree"], tensors)
 
 
+def read_newest(run: Path) -> tuple[dict[str, Any], str | None]:
+    """The state of a run: its last one, or if that cannot be read the one before, and then a
+    sentence that says so.
+
+    Raises:
+        UserError: neither can be read; about the last one.
+    """
+    try:
+        return read_state(run / RESUME), None
+    except UserError as error:
+        reason = str(error).partition(";")[0]
+        try:
+            state = read_state(run / PREVIOUS)
+        except UserError:
+            raise error from None
+    return state, f"{reason}; the run goes on from the checkpoint before it, {run / PREVIOUS}"
+
+
 def nonfinite(state: Any, name: str = "") -> str | None:
     """Where in a nested state the first NaN or infinity is, or None."""
     if isinstance(state, Tensor):
@@ -194,8 +211,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} cannot be read ({error.strerror}); give a .safetensors file or a .pth file "
             "with a state_dict"
         ) from None
-    except (Damaged, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        # torch's own message goes on for a paragraph about how to load it unsafely.
+    except Exception as error:
+        # A stream that is no pickle makes torch's reader fail in any way, and its own message goes
+        # on for a paragraph about how to load it unsafely.
         reason = str(error) if isinstance(error, Damaged) else "torch cannot read it as tensors"
         raise UserError(
             f"{path} is damaged or holds more than weights ({reason}); give a .safetensors file "

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from pygan import cli, losses
+from pygan.augment import POLICIES, checked_policy
 from pygan.errors import UserError
+from pygan.models.dcgan import D_NORMS
 from pygan.run_folder import CONFIG
 
 PROG: Final = "python -m pygan.train"
@@ -38,6 +40,21 @@ class Config:
     loss: str = "bce"
     loss_weight: float = 1.0
     flip: bool = False
+    lr_g: float | None = None
+    lr_d: float | None = None
+    real_target: float = 1.0
+    flip_labels: float = 0.0
+    noise: float = 0.0
+    noise_steps: int | None = None
+    n_critic: int = 1
+    clip_grad: float | None = None
+    d_norm: str = "batch"
+    r1: float = 0.0
+    r1_every: int = 16
+    gradient_penalty: float = 0.0
+    augment: tuple[str, ...] = ()
+    ema: float | None = None
+    sync_bn: bool = False
     netG: str | None = None
     netD: str | None = None
     device: str = "auto"
@@ -46,6 +63,7 @@ class Config:
     log_every: int = 20
     save_every: int = 500
     sample_every: int | None = None
+    evaluate_every: int | None = None
     monitor: bool = True
     auto_fix: bool = False
 
@@ -56,7 +74,7 @@ class Config:
 
 MAY_CHANGE: Final = {
     "epochs", "steps", "threads", "workers", "graph", "log_every", "save_every", "sample_every",
-    "monitor", "auto_fix",
+    "evaluate_every", "monitor", "auto_fix",
 }  # fmt: skip
 
 
@@ -76,6 +94,7 @@ def _parser() -> cli.Parser:
 
     _add_data(add)
     _add_training(add)
+    _add_tricks(add)
     _add_run(add)
     return parser
 
@@ -112,10 +131,37 @@ def _add_training(add: Callable[..., None]) -> None:
         help="mixed precision (default auto with --fused, otherwise off)")
     add("--graph", choices=("auto", "off", "on"),
         help="with --fused, a step as one CUDA graph (default auto: where that is possible)")
+    add("--sync-bn", action="store_true",
+        help="batch norm over the processes that torchrun starts, not each on its own")
     add("--device", choices=("auto", "cpu", "cuda"), help="default auto")
     add("--threads", type=cli.thread_count, metavar="N", help="CPU threads (default: torch's)")
     add("--seed", "--manualSeed", type=cli.whole_number(0, cli.SEED_MAX),
         help="of initial weights, order of the data and latents (default 0)")
+
+
+def _add_tricks(add: Callable[..., None]) -> None:
+    count, positive = cli.whole_number(1), cli.real_number(0, open_low=True)
+    share = cli.real_number(0, 1)
+    add("--lr-g", type=positive, help="learning rate of G's Adam (default: --lr)")
+    add("--lr-d", type=positive, help="learning rate of D's Adam (default: --lr)")
+    add("--real-target", type=cli.real_number(0, 2), metavar="T",
+        help="D's target of real images; 0.9 is one-sided label smoothing")
+    add("--flip-labels", type=share, metavar="SHARE", help="of D's labels, swapped by chance")
+    add("--noise", type=cli.real_number(0), metavar="DEVIATION",
+        help="of normal noise on what D sees, falling to none")
+    add("--noise-steps", type=count, metavar="N", help="until there is none (default: all)")
+    add("--n-critic", type=count, metavar="N", help="updates of D for one of G")
+    add("--clip-grad", type=positive, metavar="NORM", help="largest L2 norm of a gradient")
+    add("--d-norm", choices=D_NORMS,
+        help="of D: batch (default); spectral, of its weights; none")
+    add("--r1", type=cli.real_number(0), metavar="GAMMA", help="R1 penalty on D; 10, say")
+    add("--r1-every", type=count, metavar="N", help="updates of D from one R1 penalty to the next")
+    add("--gradient-penalty", type=cli.real_number(0), metavar="LAMBDA",
+        help="penalty of WGAN-GP; 10 with --loss wasserstein --d-norm none")
+    add("--augment", type=_policy, metavar="POLICY",
+        help=f"differentiable augmentation: any of {', '.join(POLICIES)}, joined by commas")
+    add("--ema", type=cli.real_number(0, 1), metavar="DECAY",
+        help="samples and saved weights of G are its moving average; 0.999, say")
 
 
 def _add_run(add: Callable[..., None]) -> None:
@@ -129,6 +175,9 @@ def _add_run(add: Callable[..., None]) -> None:
         help="steps between checkpoints, which also end every epoch")
     add("--sample-every", type=count, metavar="STEPS",
         help="steps between sample pictures, which also end every epoch")
+    add("--evaluate-every", type=count, metavar="EPOCHS",
+        help="epochs between measurements of the samples' quality, which also end the run "
+        "(default: none)")
     add("--monitor", action=argparse.BooleanOptionalAction,
         help="say in words what training suffers from (default)")
     add("--auto-fix", action="store_true",
@@ -157,6 +206,13 @@ def _source(given: dict[str, Any]) -> dict[str, Any]:
         if key in given and given[key] not in (BUILT_IN if key == "data" else ()):
             given[key] = str(Path(given[key]).absolute())
     return given
+
+
+def _policy(text: str) -> tuple[str, ...]:
+    try:
+        return checked_policy(text.split(","))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -188,6 +244,13 @@ def parse(argv: Sequence[str] | None) -> Request:
         raise UserError("--graph on captures the fused step; add --fused, or leave it out")
     if given.get("auto_fix") and given.get("monitor") is False:
         raise UserError("--auto-fix does what the monitor advises; leave out one of them")
+    if given.get("gradient_penalty") and resume is None and given.get("d_norm", "batch") == "batch":
+        raise UserError(
+            "--gradient-penalty is of single images, which batch norm mixes; add --d-norm none or "
+            "spectral"
+        )
+    if "noise_steps" in given and resume is None and not given.get("noise"):
+        raise UserError("--noise-steps says when --noise ends; give --noise too")
     if dry_run:
         if resume is not None:
             raise UserError("--dry-run tries out a new run; leave it out, or leave out --resume")
@@ -204,13 +267,16 @@ def stored_config(path: Path, stored: dict[str, Any]) -> Config:
             f"{path / CONFIG} was written by another version of pygan; continue the run with that "
             "version, or start a new one"
         )
-    return Config(**config)
+    # JSON knows no tuples.
+    return Config(**{**config, "augment": tuple(config["augment"])})
 
 
 def flag_text(name: str, value: Any) -> str:
     flag = "--" + (name if name.startswith("net") else name.replace("_", "-"))
     if isinstance(value, bool) or value is None:
         return flag if value else f"no {flag}"
+    if isinstance(value, (list, tuple)):
+        return f"{flag} {','.join(value)}" if value else f"no {flag}"
     return f"{flag} {value}"
 
 

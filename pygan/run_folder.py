@@ -22,18 +22,24 @@ from pygan.errors import UserError
 CONFIG = "config.json"
 LOG = "log.jsonl"
 RESUME = "resume.safetensors"
+PREVIOUS = "resume.previous.safetensors"
+QUALITY = "quality.jsonl"
+REPORT = "report.html"
 _LOCK = ".lock"
 _TEMPORARY = ".tmp"
 # What a run writes, and so all that --overwrite removes.
 _OURS = re.compile(
-    r"config\.json|log\.jsonl|resume\.safetensors|losses\.png|real_samples\.png"
+    r"config\.json|log\.jsonl|resume(\.previous)?\.safetensors|losses\.png|real_samples\.png|quality\.jsonl"
+    r"|report\.html"
     r"|fake_samples_epoch_\d+\.png|net[GD]_epoch_\d+\.(pth|safetensors)"
     r"|events\.out\.tfevents\..*|\..*\.tmp"
 )
 _TEMPORARIES = re.compile(r"\..*\.tmp")
 # What may be left of a run that was killed before its configuration was written; events come from
 # any program.
-_UNBORN = re.compile(r"log\.jsonl|resume\.safetensors|real_samples\.png|events\..*|\..*\.tmp")
+_UNBORN = re.compile(
+    r"log\.jsonl|resume(\.previous)?\.safetensors|real_samples\.png|events\..*|\..*\.tmp"
+)
 
 
 def full(error: OSError) -> bool:
@@ -213,6 +219,25 @@ class RunFolder:
         """
         with self.failing(name):
             replace_file(self.path / name, content)
+
+    def write_beside(self, name: str, content: bytes, kept: str) -> None:
+        """Replaces one file, whole or not at all; what it was before goes on as ``kept``.
+
+        Raises:
+            Failure: the disk refused; the old file is still there.
+        """
+        with self.failing(kept), contextlib.suppress(FileNotFoundError):
+            temporary = self.path / f".{kept}{_TEMPORARY}"
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(self.path / name, temporary)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                    raise
+                # A file system without links: for a moment the kept one is all there is.
+                os.replace(self.path / name, temporary)
+            os.replace(temporary, self.path / kept)
+        self.write(name, content)
 
     @contextlib.contextmanager
     def failing(self, name: str) -> Iterator[None]:

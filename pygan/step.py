@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pygan.augment import diff_augment
 from pygan.cuda_graph import CudaGraphs
 from pygan.errors import UserError
 from pygan.functional import image_batch
@@ -22,11 +23,17 @@ from pygan.fuse import why_not_mergeable
 from pygan.losses import check_loss, d_loss_term, gan_d_loss, gan_g_loss, has_kernel, is_paired
 from pygan.ops import map_memory
 from pygan.ops.norm_act import batch_groups
+from pygan.penalties import gradient_penalty, r1_penalty
 from pygan.step_graph import GraphedStep, Inputs
+from pygan.tricks import Ema, Tricks
 
 logger = logging.getLogger("pygan")
 
 _DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# D's of real and of generated images: of all, or of each.
+Targets = tuple[float | Tensor, float | Tensor]
 
 
 class StepResult(NamedTuple):
@@ -85,12 +92,17 @@ class _Step:
         graph: str = "auto",
         merge: bool | str = "auto",
         generator: torch.Generator | None = None,
+        tricks: Tricks | None = None,
+        ema: Ema | None = None,
     ) -> None:
-        check_loss(loss, real_target=(real_target, 1.0))
+        self.tricks = Tricks() if tricks is None else tricks
+        flips = (self.tricks.flip_labels, 0.0)
+        check_loss(loss, real_target=(real_target, 1.0), flip_labels=flips)
         if graph not in ("auto", "off", "on"):
             raise UserError(f"graph is {graph!r}; it is 'auto', 'off' or 'on'")
         if merge not in (True, False, "auto"):
             raise UserError(f"merge is {merge!r}; it is True, False or 'auto'")
+        self._G, self._D = _plain(G), _plain(D)
         if isinstance(list(D.modules())[-1], nn.Sigmoid):
             raise UserError(
                 "the discriminator ends in a Sigmoid; the losses take logits, so remove it"
@@ -102,7 +114,12 @@ class _Step:
         self.merge = merge
         self.graph = graph
         self.generator = generator
+        self.ema = ema
         self.totals: Tensor | None = None
+        self.updates = 0
+        self._of_g = (torch.zeros((), device=self.device), torch.zeros((), device=self.device))
+        self._noise: Tensor | None = None
+        self.noise = self.tricks.noise
         scaling = self.amp == "fp16"
         self._scaler_d = torch.amp.GradScaler(self.device.type, enabled=scaling)
         self._scaler_g = torch.amp.GradScaler(self.device.type, enabled=scaling)
@@ -142,7 +159,7 @@ class _Step:
         """One update, operation by operation."""
         real, z = self._real(inputs), inputs.z
         if z is None:
-            shape = (real.shape[0], _latent_size(self.G), 1, 1)
+            shape = (real.shape[0], _latent_size(self._G), 1, 1)
             z = torch.randn(shape, device=self.device, generator=self.generator)
         result = self._update(real, z)
         if self.totals is not None:
@@ -159,6 +176,83 @@ class _Step:
     def _update(self, real: Tensor, z: Tensor) -> StepResult:
         raise AssertionError("a step defines its update")
 
+    def _update_g(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and mean D(G(z))."""
+        raise AssertionError("a step defines how G learns")
+
+    def _turn_of_g(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """G's update, or in a step without one what the last one gave; it ends the step."""
+        skipped = self.updates % self.tricks.n_critic
+        # Where all steps are alike nobody counts them, least of all a graph.
+        self.updates += self.tricks.why_changing() is not None
+        if skipped:
+            return self._of_g
+        found = self._update_g(real, fake)
+        if self.tricks.n_critic > 1:
+            self._of_g = found
+        if self.ema is not None:
+            self.ema.update(self._G)
+        return found
+
+    def _generated(self, z: Tensor) -> Tensor:
+        # A parallel G that is called waits for its backward.
+        learns = self.updates % self.tricks.n_critic == 0
+        fake: Tensor = (self.G if learns else self._G)(z)
+        return fake
+
+    def _shown(self, images: Tensor) -> Tensor:
+        """Images as D sees them."""
+        if self.tricks.augment:
+            images = diff_augment(images, self.tricks.augment, generator=self.generator)
+        if self._noise is not None:
+            drawn = torch.empty_like(images).normal_(generator=self.generator)
+            images = images + drawn * self._noise.to(images.dtype)
+        return images
+
+    def _targets(self, count: int) -> Targets:
+        """D's targets of ``count`` real and as many generated images, ``[count]`` where they
+        differ."""
+        share = self.tricks.flip_labels
+        if not share:
+            return self.real_target, 0.0
+        drawn = torch.rand((2, count), device=self.device, generator=self.generator)
+        real, fake = drawn < share
+        return torch.where(real, 0.0, self.real_target), torch.where(fake, self.real_target, 0.0)
+
+    def _add_penalties(self, real: Tensor, fake: Tensor) -> None:
+        tricks = self.tricks
+        terms = []
+        if tricks.r1 and self.updates % tricks.r1_every == 0:
+            terms.append(0.5 * tricks.r1 * tricks.r1_every * r1_penalty(self._D, real))
+        if tricks.gradient_penalty:
+            penalty = gradient_penalty(self._D, real, fake, generator=self.generator)
+            terms.append(tricks.gradient_penalty * penalty)
+        for term in terms:
+            self._scaler_d.scale(term).backward()
+
+    def _finish(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        if self.tricks.clip_grad is not None:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), self.tricks.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise on what D sees; may be set between two steps."""
+        return self._noise_now
+
+    @noise.setter
+    def noise(self, deviation: float) -> None:
+        self._noise_now = deviation
+        if self._noise is None and deviation:
+            self._noise = torch.zeros((), device=self.device)
+        if self._noise is not None:
+            # In place: a graph goes on with it.
+            self._noise.fill_(deviation)
+
     def _prepared(self, real: Tensor) -> Tensor:
         if real.dtype != torch.uint8:
             return real
@@ -173,13 +267,32 @@ class _Step:
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the gradient scalers (empty unless fp16)."""
-        return {"scaler_g": self._scaler_g.state_dict(), "scaler_d": self._scaler_d.state_dict()}
+        """State of the gradient scalers (empty unless fp16), and the place among the steps."""
+        return {
+            "scaler_g": self._scaler_g.state_dict(),
+            "scaler_d": self._scaler_d.state_dict(),
+            "updates": self.updates,
+            "of_g": self._of_g,
+            "ema": None if self.ema is None else self.ema.network.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what :meth:`state_dict` gave."""
         self._scaler_g.load_state_dict(state["scaler_g"])
         self._scaler_d.load_state_dict(state["scaler_d"])
+        self.updates = state["updates"]
+        loss, probability = (value.to(self.device) for value in state["of_g"])
+        self._of_g = (loss, probability)
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.network.load_state_dict(state["ema"])
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """The network itself, which a parallel one holds."""
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner: nn.Module = network.module
+        return inner
+    return network
 
 
 def _latent_size(G: nn.Module) -> int:
@@ -223,7 +336,9 @@ class AdversarialStep(_Step):
 
     Args:
         G, D: networks; D returns logits, any shape with the batch first. Fuse them first
-            (:func:`pygan.fuse`) for the fast layers.
+            (:func:`pygan.fuse`) for the fast layers, and wrap them in DistributedDataParallel last,
+            with ``broadcast_buffers=False``: gradients are exchanged in one backward of each.
+            Bring their weights to channels_last before, which is faster.
         opt_g, opt_d: torch optimizers.
         loss: a name that :func:`pygan.functional.gan_d_loss` knows: "bce" (non-saturating),
             "minimax" (zero-sum; ``loss_g`` without the term that does not depend on G), "logistic",
@@ -241,7 +356,9 @@ class AdversarialStep(_Step):
             on the device, filled in place.
         merge: one call of D for both halves: "auto" (where it is known to be the same, and faster),
             True or False to force.
-        generator: for z.
+        generator: for z and all else that is drawn.
+        tricks: what helps besides, :class:`pygan.Tricks`. Steps that differ by turns stay eager.
+        ema: an average of G, updated after each of its updates.
 
     Attributes:
         totals: None, or a float32 ``[5]`` on the device, to which every step adds its result.
@@ -263,12 +380,13 @@ class AdversarialStep(_Step):
     ) -> None:
         super().__init__(G, D, opt_g, opt_d, **settings)
         for module in (G, D):
-            if any(p.dim() == 4 for p in module.parameters()):
+            # A parallel network has laid out its exchange for the weights as they are.
+            if module is _plain(module) and any(p.dim() == 4 for p in module.parameters()):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.merge == "auto":
             # Two calls transform the weights twice, one costs cache: in float32 that is more.
             slower = self.device.type == "cpu" and self.amp == "off"
-            reason = "it runs in float32 on a CPU" if slower else why_not_mergeable(D)
+            reason = "it runs in float32 on a CPU" if slower else why_not_mergeable(self._D)
             self.merge = reason is None
             if reason is not None:
                 logger.info("D is called twice a step, because %s", reason)
@@ -278,7 +396,10 @@ class AdversarialStep(_Step):
                 "device, so give 'auto' or 'off'"
             )
         self._graphed: GraphedStep | None = None
-        if self.graph != "off" and self.device.type == "cuda":
+        changing = self.tricks.why_changing()
+        if changing is not None and self.graph == "on":
+            raise UserError(f"graph is 'on' and {changing}, which no graph repeats; give 'auto'")
+        if self.graph != "off" and self.device.type == "cuda" and changing is None:
             self._graphed = GraphedStep(self, CudaGraphs(self.device), required=self.graph == "on")
 
     def _run(self, inputs: Inputs) -> StepResult:
@@ -293,21 +414,28 @@ class AdversarialStep(_Step):
         # Not only before G's own update, or its gradients would lie about through D's.
         self.opt_g.zero_grad(set_to_none=True)
         with self._autocast():
-            fake = self.G(z)
-        loss_d, d_real, d_fake = self._update_d(real, fake.detach())
-        loss_g, d_fake_after = self._update_g(real, fake)
+            fake = self._generated(z)
+        targets = self._targets(len(real))
+        seen = self._shown(real), self._shown(fake.detach())
+        loss_d, d_real, d_fake = self._update_d(*seen, targets)
+        loss_g, d_fake_after = self._turn_of_g(real, fake)
         return StepResult(loss_d, loss_g, d_real, d_fake, d_fake_after)
 
-    def _update_d(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _update_d(
+        self, real: Tensor, fake: Tensor, targets: Targets
+    ) -> tuple[Tensor, Tensor, Tensor]:
         self.opt_d.zero_grad(set_to_none=True)
         together = self.merge or is_paired(self.loss)
         gradients = self._gradients_at_once if together else self._separate_gradients
-        losses = gradients(real, fake)
-        self._scaler_d.step(self.opt_d)
-        self._scaler_d.update()
+        # First, so that the backward that follows, which a parallel D shares, takes all along.
+        self._add_penalties(real, fake)
+        losses = gradients(real, fake, targets)
+        self._finish(self.D, self.opt_d, self._scaler_d)
         return losses
 
-    def _gradients_at_once(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradients_at_once(
+        self, real: Tensor, fake: Tensor, targets: Targets
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with self._autocast():
             if self.merge:
                 both = _joined(real, fake)
@@ -315,25 +443,29 @@ class AdversarialStep(_Step):
                     logits = self.D(both).flatten()
                 real_logits, fake_logits = logits.split(logits.numel() // 2)
             else:
-                real_logits, fake_logits = self.D(real).flatten(), self.D(fake).flatten()
+                real_logits, fake_logits = self._D(real).flatten(), self.D(fake).flatten()
         loss, d_real, d_fake = gan_d_loss(
             real_logits,
             fake_logits,
             loss=self.loss,
-            real_target=self.real_target,
+            real_target=_of_logits(targets[0], real_logits),
+            fake_target=_of_logits(targets[1], fake_logits),
             weight=self.loss_weight,
         )
         self._scaler_d.scale(loss).backward()
         assert d_real is not None
         return loss.detach(), d_real, d_fake
 
-    def _separate_gradients(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _separate_gradients(
+        self, real: Tensor, fake: Tensor, targets: Targets
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # A backward after each forward, so that what it reads may still be in the caches.
         losses, probabilities = [], []
-        halves = (("real", real, self.real_target), ("fake", fake, 0.0))
-        for side, images, target in halves:
+        sides, networks = ("real", "fake"), (self._D, self.D)
+        for side, D, images, of_images in zip(sides, networks, (real, fake), targets, strict=True):
             with self._autocast():
-                logits = self.D(images).flatten()
+                logits = D(images).flatten()
+            target = _of_logits(of_images, logits)
             loss, probability = d_loss_term(side, logits, target, self.loss_weight, loss=self.loss)
             self._scaler_d.scale(loss).backward()
             losses.append(loss.detach())
@@ -343,13 +475,20 @@ class AdversarialStep(_Step):
     def _update_g(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         with _constant(self.D):
             with self._autocast():
-                real_logits = self.D(real).flatten() if is_paired(self.loss) else None
-                logits = self.D(fake).flatten()
+                paired = is_paired(self.loss)
+                real_logits = self._D(self._shown(real)).flatten() if paired else None
+                logits = self._D(self._shown(fake)).flatten()
             found = gan_g_loss(logits, real_logits, loss=self.loss, weight=self.loss_weight)
             self._scaler_g.scale(found.loss).backward()
-        self._scaler_g.step(self.opt_g)
-        self._scaler_g.update()
+        self._finish(self.G, self.opt_g, self._scaler_g)
         return found.loss.detach(), found.d_fake
+
+
+def _of_logits(target: float | Tensor, logits: Tensor) -> float | Tensor:
+    """Targets of images as those of their logits, of which each image has as many."""
+    if not isinstance(target, Tensor):
+        return target
+    return target.repeat_interleave(logits.numel() // target.numel())
 
 
 def _joined(real: Tensor, fake: Tensor) -> Tensor:
@@ -374,21 +513,27 @@ class ReferenceStep(_Step):
     and result as :class:`AdversarialStep`; ``merge`` and ``graph`` have no meaning here.
     """
 
-    def _bce(self, logits: Tensor, target: float) -> Tensor:
-        labels = torch.full_like(logits, target)
+    def _bce(self, logits: Tensor, target: float | Tensor) -> Tensor:
+        if isinstance(target, Tensor):
+            labels = target.to(logits.dtype).view(logits.shape)
+        else:
+            labels = torch.full_like(logits, target)
         return F.binary_cross_entropy_with_logits(logits, labels) * self.loss_weight
 
-    def _half_of_d(self, side: str, logits: Tensor, target: float) -> Tensor:
+    def _half_of_d(self, side: str, logits: Tensor, target: float | Tensor) -> Tensor:
+        target = _of_logits(target, logits)
         if has_kernel(self.loss):
             return self._bce(logits, target)
-        return d_loss_term(side, logits, target, self.loss_weight, loss=self.loss)[0]
+        flat = logits.flatten()
+        return d_loss_term(side, flat, target, self.loss_weight, loss=self.loss)[0]
 
-    def _pairs_of_d(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    def _pairs_of_d(self, logits_real: Tensor, logits_fake: Tensor, targets: Targets) -> Tensor:
         return gan_d_loss(
-            logits_real,
-            logits_fake,
+            logits_real.flatten(),
+            logits_fake.flatten(),
             loss=self.loss,
-            real_target=self.real_target,
+            real_target=_of_logits(targets[0], logits_real),
+            fake_target=_of_logits(targets[1], logits_fake),
             weight=self.loss_weight,
         ).loss
 
@@ -400,33 +545,39 @@ class ReferenceStep(_Step):
     def _update(self, real: Tensor, z: Tensor) -> StepResult:
         paired = is_paired(self.loss)
         losses_d = []
+        targets = self._targets(len(real))
         self.D.zero_grad()
+        seen = self._shown(real)
         with self._autocast():
-            logits_real = self.D(real)
+            logits_real = self._D(seen)
             if not paired:
-                losses_d.append(self._half_of_d("real", logits_real, self.real_target))
+                losses_d.append(self._half_of_d("real", logits_real, targets[0]))
         if not paired:
             self._scaler_d.scale(losses_d[0]).backward()
         with self._autocast():
-            fake = self.G(z)
-            logits_fake = self.D(fake.detach())
+            fake = self._generated(z)
+            seen_fake = self._shown(fake.detach())
+        self._add_penalties(seen, seen_fake)
+        with self._autocast():
+            logits_fake = self.D(seen_fake)
             if paired:
-                losses_d.append(self._pairs_of_d(logits_real, logits_fake))
+                losses_d.append(self._pairs_of_d(logits_real, logits_fake, targets))
             else:
-                losses_d.append(self._half_of_d("fake", logits_fake, 0.0))
+                losses_d.append(self._half_of_d("fake", logits_fake, targets[1]))
         self._scaler_d.scale(losses_d[-1]).backward()
-        self._scaler_d.step(self.opt_d)
-        self._scaler_d.update()
+        self._finish(self.D, self.opt_d, self._scaler_d)
+        loss_g, d_fake_after = self._turn_of_g(real, fake)
+        with torch.no_grad():
+            d_real, d_fake = (torch.sigmoid(t.float()).mean() for t in (logits_real, logits_fake))
+            loss_d = torch.stack(losses_d).sum().float()
+        return StepResult(loss_d, loss_g, d_real, d_fake, d_fake_after)
 
+    def _update_g(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         self.G.zero_grad()
         with self._autocast():
-            compared = self.D(real).detach() if paired else None
-            logits = self.D(fake)
+            compared = self._D(self._shown(real)).detach() if is_paired(self.loss) else None
+            logits = self._D(self._shown(fake))
             loss_g = self._loss_of_g(logits, compared)
         self._scaler_g.scale(loss_g).backward()
-        self._scaler_g.step(self.opt_g)
-        self._scaler_g.update()
-        with torch.no_grad():
-            means = [torch.sigmoid(t.float()).mean() for t in (logits_real, logits_fake, logits)]
-            loss_d = torch.stack(losses_d).sum().float()
-        return StepResult(loss_d, loss_g.detach().float(), *means)
+        self._finish(self.G, self.opt_g, self._scaler_g)
+        return loss_g.detach().float(), torch.sigmoid(logits.detach().float()).mean()

@@ -163,7 +163,7 @@ class GraphedStep:
         return {
             "settings of the step": (
                 *(step.loss, step.loss_weight, step.real_target, step.amp, step.merge),
-                *(id(step.generator), id(step.totals)),
+                *(id(step.generator), id(step.totals), id(step.ema), id(step._noise)),
             ),
             "hyperparameters of an optimizer": [
                 _value(value)
@@ -267,7 +267,7 @@ class GraphedStep:
             recording,
             own,
             self._held(),
-            [self._tensors, before.states, step.totals, step.generator],
+            [self._tensors, before.states, step.totals, step.generator, step.ema, step._noise],
             [(p, p.grad) for p in self._parameters if p.grad is not None],
             entry.result,
         )

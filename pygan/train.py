@@ -8,6 +8,7 @@ and latents depend on the seed alone, so the two can be compared number by numbe
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from pygan.config import (
     stored_config,
 )
 from pygan.data import ImageSet
+from pygan.distributed import Follower, World, check_batch, is_lost, joined, world
 from pygan.errors import UserError
 from pygan.memory import check_memory
 from pygan.run_folder import CONFIG, RESUME, RunFolder, check_new, read_config
@@ -88,7 +90,7 @@ def _check_same_data(images: ImageSet, stored: dict[str, Any], path: Path) -> No
         )
 
 
-def _write_config(folder: RunFolder, config: Config, images: ImageSet) -> None:
+def _write_config(folder: RunFolder | Follower, config: Config, images: ImageSet) -> None:
     content = {
         "pygan": {"version": pygan.__version__, "torch": torch.__version__, "cpu": _cpu()},
         "config": asdict(config),
@@ -101,40 +103,76 @@ def _cpu() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def _settle(config: Config) -> tuple[Config, torch.device]:
+def _device(name: str, here: World) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        UserError: it is not there.
+    """
+    device = cli.device(name)
+    if here.alone or device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if here.local_rank >= count:
+        raise UserError(
+            f"process {here.local_rank} of this machine has no GPU of its own, there are {count}; "
+            f"start {count} with --nproc-per-node, or give --device cpu"
+        )
+    torch.cuda.set_device(here.local_rank)
+    return torch.device("cuda", here.local_rank)
+
+
+def _settle(config: Config, here: World) -> tuple[Config, torch.device]:
     """Replaces what was left to the machine by what it chose, so that a resumed run does too."""
-    device = cli.device(config.device)
+    check_batch(config.batch_size, here)
+    device = _device(config.device, here)
     threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     return replace(config, device=device.type, threads=threads), device
 
 
-def _networks(config: Config, images: ImageSet, device: torch.device) -> Networks:
+def _shared_images(config: Config, here: World) -> ImageSet:
+    """The data, which the first process decodes and the others find in the cache."""
+    if not here.is_first:
+        here.wait()
+    images = load_images(config)
+    if here.is_first:
+        here.wait()
+    return images
+
+
+def _networks(config: Config, images: ImageSet, device: torch.device, here: World) -> Networks:
     check_memory(
         device,
         image_size=images.image_size,
         channels=images.channels,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // here.size,
         nz=config.nz,
         ngf=config.ngf,
         ndf=config.ndf,
         amp=config.amp != "off",
     )
-    return Networks(config, images.image_size, images.channels, device)
+    return Networks(config, images.image_size, images.channels, device, here)
 
 
-def _new_run(request: Request) -> tuple[Training, RunFolder]:
+Run = tuple[Training, RunFolder | Follower]
+
+
+def _new_run(request: Request, here: World) -> Run:
     path = Path(request.outf or time.strftime("runs/%Y-%m-%d-%H%M%S"))
-    check_new(path, overwrite=request.overwrite)
-    config, device = _settle(Config(**request.given))
-    images = load_images(config)
-    networks = _networks(config, images, device)
+    if here.is_first:
+        check_new(path, overwrite=request.overwrite)
+    config, device = _settle(Config(**request.given), here)
+    images = _shared_images(config, here)
+    networks = _networks(config, images, device, here)
     # What was left open came to this, and stays so wherever the run goes on.
     config = replace(config, image_size=images.image_size, amp=networks.step.amp)
     # Only now, when little is left that can fail, may --overwrite remove the old run.
-    folder = RunFolder.create(path, overwrite=request.overwrite)
+    folder = (
+        RunFolder.create(path, overwrite=request.overwrite) if here.is_first else Follower(path)
+    )
     try:
-        training = Training(config, images, networks, folder, device)
+        training = Training(config, images, networks, folder, device, here)
         training.start()
         training.save()
         # Written last: a folder with a configuration always has a checkpoint.
@@ -142,6 +180,7 @@ def _new_run(request: Request) -> tuple[Training, RunFolder]:
     except BaseException:
         folder.close()
         raise
+    here.wait()
     return training, folder
 
 
@@ -159,33 +198,35 @@ def _check_state(state: dict[str, Any], config: Config, path: Path) -> None:
         )
 
 
-def _resumed(request: Request) -> tuple[Training, RunFolder]:
+def _resumed(request: Request, here: World) -> Run:
     path = Path(request.resume or "")
     path = path.parent if path.name == RESUME else path
     stored = read_config(path)
     started = stored_config(path, stored)
     config = continued(started, request.given, path)
     if config.threads != started.threads:
-        print(
+        here.say(
             f"the run used {started.threads} threads and goes on with {config.threads}, so it will "
-            "not end in the very same bytes as one left alone", flush=True,
-        )  # fmt: skip
+            "not end in the very same bytes as one left alone",
+        )
     if (stored["pygan"].get("torch"), stored["pygan"].get("cpu")) != (torch.__version__, _cpu()):
-        print(
+        here.say(
             f"the run began with torch {stored['pygan'].get('torch')} on a "
             f"{stored['pygan'].get('cpu')} CPU and goes on with torch {torch.__version__} on "
-            f"{_cpu()}, so it may not end in the very same bytes as one left alone", flush=True,
-        )  # fmt: skip
-    config, device = _settle(config)
-    images = load_images(config)
+            f"{_cpu()}, so it may not end in the very same bytes as one left alone",
+        )
+    config, device = _settle(config, here)
+    images = _shared_images(config, here)
     _check_same_data(images, stored["data"], path)
     _check_length(started, config, len(images) // config.batch_size, path)
-    networks = _networks(config, images, device)
-    folder = RunFolder.reopen(path)
+    networks = _networks(config, images, device, here)
+    folder = RunFolder.reopen(path) if here.is_first else Follower(path)
     try:
-        state = checkpoint.read_state(path / RESUME)
+        state, warning = checkpoint.read_newest(path)
+        if warning is not None:
+            here.say(warning)
         _check_state(state, config, path)
-        training = Training(config, images, networks, folder, device)
+        training = Training(config, images, networks, folder, device, here)
         training.restore(state)
         if config != started:
             _write_config(folder, config, images)
@@ -209,19 +250,53 @@ def _announce(training: Training) -> None:
     )
 
 
+def _as_restarted(request: Request, here: World) -> Request:
+    """A run in several processes that were started anew goes on from its last checkpoint.
+
+    Raises:
+        UserError: the processes would not find each other's folder.
+    """
+    if here.alone or request.resume is not None:
+        return request
+    if request.outf is None:
+        raise UserError("the processes of a run share a folder; name it with --outf")
+    path = Path(request.outf)
+    if here.restarts and (path / CONFIG).exists():
+        return replace(request, resume=str(path), outf=None, overwrite=False)
+    # One that fell before its first checkpoint begins again.
+    return replace(request, overwrite=request.overwrite or here.restarts > 0)
+
+
 def _train(argv: Sequence[str] | None) -> int:
-    request = parse(argv)
-    training, folder = _new_run(request) if request.resume is None else _resumed(request)
+    here = world()
+    request = _as_restarted(parse(argv), here)
+    with joined(here, _device(request.given.get("device", "auto"), here)):
+        try:
+            return _train_here(request, here)
+        except RuntimeError as error:
+            if here.alone or not is_lost(error):
+                raise
+            path = request.resume or request.outf
+            raise cli.Failure(
+                "another process of this run has ended or does not answer; the last checkpoint is "
+                f"kept: go on with {PROG} --resume {path} in torchrun, whose --max-restarts does "
+                "so by itself"
+            ) from error
+
+
+def _train_here(request: Request, here: World) -> int:
+    start = _new_run if request.resume is None else _resumed
+    training, folder = start(request, here)
     path, first = folder.path, training.step
     with folder:
         if first == training.total:
-            print(
+            here.say(
                 f"the run in {path} is finished ({first} of {training.total} steps); give --epochs "
                 "or --steps a larger number to train on",
-                flush=True,
             )
             return 0
-        _announce(training)
+        if here.is_first:
+            _announce(training)
         began = time.perf_counter()
         try:
             with StopSignal() as stop:
@@ -232,13 +307,12 @@ def _train(argv: Sequence[str] | None) -> int:
         training.close()
     rate = (training.step - first) * training.config.batch_size / (time.perf_counter() - began)
     if training.step < training.total:
-        print(
+        here.say(
             f"stopped and saved at step {training.step} of {training.total}; continue with {PROG} "
             f"--resume {path}",
-            flush=True,
         )
-        return 128 + stop.number
-    print(f"samples are in {path} (fake_samples_epoch_*.png); {rate:.1f} images/s", flush=True)
+        return 128 + (stop.number or signal.SIGTERM)
+    here.say(f"samples are in {path} (fake_samples_epoch_*.png); {rate:.1f} images/s")
     return 0
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -20,13 +21,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pygan
-from pygan import checkpoint, cli, data, models, power
+from pygan import checkpoint, cli, data, evaluate, models, power
 from pygan.cli import Failure
 from pygan.config import Config, fixed
 from pygan.data import ImageSet
+from pygan.distributed import ALONE, Follower, World, parallel, synchronize_batch_norms
 from pygan.functional import image_batch
+from pygan.metrics import Neighbours
+from pygan.metrics.describe import space_of
+from pygan.metrics.quality import Reference
 from pygan.monitor import AutoFix, Finding, Monitor, halve, nonfinite
-from pygan.run_folder import RESUME, RunFolder
+from pygan.run_folder import PREVIOUS, QUALITY, REPORT, RESUME, RunFolder, replace_file
+from pygan.run_report import page
 from pygan.sample import encode, generate, grid, latents
 
 if TYPE_CHECKING:
@@ -41,6 +47,7 @@ RESIDENT_SHARE: Final = 0.5
 REFERENCES: Final = 512
 # Times that NaN or infinity sends a run back to its last checkpoint.
 ROLLBACKS: Final = 3
+EVENTS: Final = "the TensorBoard events"
 
 
 class Diverged(Failure):
@@ -127,38 +134,81 @@ class Progress:
             self._bar.close()
 
 
+class Silence(Progress):
+    """Of a process that is not the first."""
+
+    def __init__(self, *place: int) -> None:
+        self._bar = None
+
+    def show(self, step: int, row: dict[str, float]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
 class Networks:
     """G, D, their optimizers and the step that updates them."""
 
-    def __init__(self, config: Config, size: int, channels: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        size: int,
+        channels: int,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
         torch.manual_seed(config.seed)
-        self.G, self.D = models.dcgan(size, channels, config.nz, config.ngf, config.ndf)
+        self.G, self.D = models.dcgan(
+            size, channels, config.nz, config.ngf, config.ndf, config.d_norm
+        )
         self.arguments = {
             "G": {"image_size": size, "channels": channels, "nz": config.nz, "ngf": config.ngf},
-            "D": {"image_size": size, "channels": channels, "ndf": config.ndf},
-        }
+            "D": {
+                "image_size": size, "channels": channels, "ndf": config.ndf, "norm": config.d_norm,
+            },
+        }  # fmt: skip
         for network, file in ((self.G, config.netG), (self.D, config.netD)):
             if file is not None:
                 checkpoint.fill(network, checkpoint.read_weights(Path(file))[0], file)
         self.G.to(device)
         self.D.to(device)
-        if config.fused:
-            pygan.fuse(self.G)
-            pygan.fuse(self.D)
-        self.opt_g, self.opt_d = (self._adam(net, config, device) for net in (self.G, self.D))
-        step = pygan.AdversarialStep if config.fused else pygan.ReferenceStep
-        self.step = step(
-            self.G, self.D, self.opt_g, self.opt_d,
-            loss=config.loss, loss_weight=config.loss_weight, graph=config.graph,
+        for network in (self.G, self.D):
+            if config.sync_bn:
+                synchronize_batch_norms(network)
+            if config.fused:
+                pygan.fuse(network)
+        self.opt_g = self._adam(self.G, config.lr_g, config, device)
+        self.opt_d = self._adam(self.D, config.lr_d, config, device)
+        self.ema = None if config.ema is None else pygan.Ema(self.G, config.ema)
+        tricks = pygan.Tricks(**{f.name: getattr(config, f.name) for f in fields(pygan.Tricks)})
+        step: type[Any] = pygan.AdversarialStep if config.fused else pygan.ReferenceStep
+        learning: list[nn.Module] = [self.G, self.D]
+        if not world.alone:
+            for each in learning if config.fused else ():
+                each.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            learning = [parallel(each) for each in learning]
+        self.step: pygan.AdversarialStep | pygan.ReferenceStep = step(
+            *learning, self.opt_g, self.opt_d,
+            loss=config.loss, loss_weight=config.loss_weight, real_target=config.real_target,
+            graph=config.graph, tricks=tricks, ema=self.ema,
             amp=config.amp or ("auto" if config.fused else "off"),
         )  # fmt: skip
 
     @staticmethod
-    def _adam(network: nn.Module, config: Config, device: torch.device) -> torch.optim.Adam:
+    def _adam(
+        network: nn.Module, rate: float | None, config: Config, device: torch.device
+    ) -> torch.optim.Adam:
         keywords = {"fused": True, "capturable": device.type == "cuda"} if config.fused else {}
         return torch.optim.Adam(
-            network.parameters(), lr=config.lr, betas=(config.beta1, 0.999), **keywords
-        )
+            network.parameters(), lr=config.lr if rate is None else rate,
+            betas=(config.beta1, 0.999), **keywords,
+        )  # fmt: skip
+
+    @property
+    def sampled(self) -> nn.Module:
+        """What samples come from: G, or its average."""
+        return self.G if self.ema is None else self.ema.network
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes, as tensors and plain values."""
@@ -193,8 +243,12 @@ def _seeds(seed: int) -> list[int]:
 class Batches:
     """Real images and latents of any step, on the device."""
 
-    def __init__(self, config: Config, images: ImageSet, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, images: ImageSet, device: torch.device, world: World = ALONE
+    ) -> None:
         self._config, self._device = config, device
+        # Every process knows the whole batch, and takes its part: as many make the same steps.
+        self._part = world.part(config.batch_size)
         self.order = data.BatchOrder(len(images), config.batch_size, config.seed)
         z_seed, _, _, self._flip_seed = _seeds(config.seed)
         self.generator = torch.Generator(device).manual_seed(z_seed)
@@ -220,9 +274,12 @@ class Batches:
         if not (self.resident and self._config.fused):
             networks.step(self.real(step), self.latent())
             return
-        networks.step.generator = self.generator
         index, flip = self.chosen(step)
-        networks.step.gathered(self._images, index, flip=flip)
+        if self._part == slice(0, self._config.batch_size):
+            networks.step.generator = self.generator
+            networks.step.gathered(self._images, index, flip=flip)
+        else:
+            networks.step.gathered(self._images, index, flip=flip, z=self.latent())
 
     def chosen(self, step: int) -> tuple[Tensor, Tensor | None]:
         """Indices int64 ``[N]`` of the images of a step, and bool ``[N]`` which are mirrored, on
@@ -234,10 +291,11 @@ class Batches:
             orders = np.stack([self.order.index(i) for i in steps])
             self._orders = self._uploaded(torch.from_numpy(orders))
             if self._config.flip:
-                flips = np.stack([self._mirrored(i) for i in steps])
-                self._flips = self._uploaded(torch.from_numpy(flips))
+                mirrored = np.stack([self._mirrored(i) for i in steps])
+                self._flips = self._uploaded(torch.from_numpy(mirrored))
             self._epoch = epoch
-        return self._orders[position], self._flips[position] if self._config.flip else None
+        flips = self._flips[position, self._part] if self._config.flip else None
+        return self._orders[position, self._part], flips
 
     def _uploaded(self, host: Tensor) -> Tensor:
         """On the device, without waiting for it."""
@@ -257,8 +315,10 @@ class Batches:
         if self.resident:
             index, flip = self.chosen(step)
         else:
-            index = torch.from_numpy(self.order.index(step))
-            flip = torch.from_numpy(self._mirrored(step)) if self._config.flip else None
+            index = torch.from_numpy(self.order.index(step)[self._part])
+            flip = None
+            if self._config.flip:
+                flip = torch.from_numpy(self._mirrored(step)[self._part])
         real = image_batch(self._images, index, flip=flip)
         if not self.resident:
             real = self._uploaded(real)
@@ -267,7 +327,7 @@ class Batches:
     def latent(self) -> Tensor:
         """The next `[N, nz, 1, 1]` of the run's own generator."""
         shape = (self._config.batch_size, self._config.nz, 1, 1)
-        return torch.randn(shape, generator=self.generator, device=self._device)
+        return torch.randn(shape, generator=self.generator, device=self._device)[self._part]
 
 
 class Training:
@@ -278,21 +338,28 @@ class Training:
         config: Config,
         images: ImageSet,
         networks: Networks,
-        folder: RunFolder,
+        folder: RunFolder | Follower,
         device: torch.device,
+        world: World = ALONE,
     ) -> None:
         self.config, self.images, self.networks = config, images, networks
-        self.folder, self.device = folder, device
-        self.batches = Batches(config, images, device)
+        self.folder, self.device, self.world = folder, device, world
+        self.batches = Batches(config, images, device, world)
         self.per_epoch = self.batches.order.steps_per_epoch
         self.total = config.total_steps(self.per_epoch)
         self.fixed_z = latents(SAMPLES, config.nz, _seeds(config.seed)[1]).to(device)
         self.monitor = self._monitor() if config.monitor else None
+        self.reference: Reference | None = None
+        if config.evaluate_every is not None and world.is_first:
+            self.reference = Reference(images, space_of(images))
         self.auto_fix = AutoFix(networks.step)
         self.rollbacks = 0
         self.step = 0
         self.saved = 0
         self.seconds = 0.0
+        if not world.alone:
+            # What a step draws by itself is to differ between the processes.
+            torch.manual_seed(_seeds(config.seed)[0] ^ (world.rank << 32))
         self.sums = networks.step.totals = torch.zeros(len(NUMBERS), device=device)
         self.count = 0
         self._tick = self._last_log = time.perf_counter()
@@ -343,9 +410,10 @@ class Training:
         if self.monitor is not None and state["monitor"] is not None:
             self.monitor.load_state_dict(state["monitor"])
         random = state["random"]
-        torch.set_rng_state(random["torch"])
+        if self.world.is_first:
+            torch.set_rng_state(random["torch"])
         self.batches.generator.set_state(random["latents"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.world.is_first:
             torch.cuda.set_rng_state(random["cuda"], self.device)
 
     def start(self) -> None:
@@ -354,9 +422,11 @@ class Training:
             real = self.images.images[np.sort(self._shuffled()[:SAMPLES])]
             self.folder.write("real_samples.png", encode(grid(real)))
         self.folder.start_log(self.step)
+        if not self.world.is_first:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
-        with self.folder.failing("the TensorBoard events"):
+        with self.folder.failing(EVENTS):
             self._events = SummaryWriter(
                 str(self.folder.path),
                 purge_step=self.step + 1 if self.step or self.rollbacks else None,
@@ -369,22 +439,32 @@ class Training:
             Failure: a loss is not finite for the fourth time, or a file cannot be written.
         """
         self._tick = self._last_log = time.perf_counter()
-        progress = Progress(self.step, self.total, self.config.batch_size, self.per_epoch)
+        place = (self.step, self.total, self.config.batch_size, self.per_epoch)
+        progress = Progress(*place) if self.world.is_first else Silence(*place)
         try:
             stopping = False
             while self.step < self.total and not stopping:
+                if self.config.noise:
+                    self.networks.step.noise = self._noise()
                 self.batches.update(self.networks, self.step)
                 self.count += 1
                 self.step += 1
                 progress.advance()
-                # Asked once a step: a signal that comes later than this gets another step.
-                stopping = bool(stop.number)
+                # Asked once a step: a signal that comes later than this gets another step. Several
+                # processes ask each other, where they talk to each other anyway.
+                if self.world.alone or self._due(self.config.log_every):
+                    stopping = self.world.any(bool(stop.number), self.device)
                 try:
                     self._after_step(stopping, progress)
                 except Diverged as error:
                     self._roll_back(error, progress)
         finally:
             progress.close()
+
+    def _noise(self) -> float:
+        """Its standard deviation in this step."""
+        steps = self.config.noise_steps or self.total
+        return self.config.noise * max(0.0, 1 - self.step / steps)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -401,12 +481,36 @@ class Training:
             self._draw()
         if milestone or stopping or self._due(self.config.save_every):
             self.save(export=milestone or stopping)
+        every = self.config.evaluate_every
+        if every is not None and (last or (milestone and (self._epoch() + 1) % every == 0)):
+            self._evaluate(progress)
+        if (last or stopping) and self.world.is_first:
+            with self.folder.failing(REPORT):
+                replace_file(self.folder.path / REPORT, page(self.folder.path).encode())
+
+    def _evaluate(self, progress: Progress) -> None:
+        """Measures samples of G; the time it takes is not that of training."""
+        if self.reference is None:
+            return
+        now = time.perf_counter()
+        self.seconds += now - self._tick
+        samples = evaluate.draw(self.networks.sampled, self.config.nz, evaluate.SAMPLES)
+        row = evaluate.row_of(self.reference, samples)
+        with self.folder.failing(QUALITY):
+            evaluate.add_rows(self.folder.path, [{**row, "epoch": self._epoch()}])
+        progress.say(f"Epoch {self._epoch()}: {evaluate.sentence(row)}")
+        names = ("distance", "kernel", *Neighbours._fields)
+        self._scalars({f"quality/{name}": row[name] for name in names})
+        self._tick = time.perf_counter()
+        self._last_log += self._tick - now
 
     def _examine(self, row: dict[str, Any], progress: Progress) -> None:
         """Asks the monitor, writes what it found, and does about it what is allowed."""
         if self.monitor is None:
             return
-        for finding in self.monitor.check(self.step, [row[name] for name in NUMBERS[:4]]):
+        found = self.monitor.check(self.step, [row[name] for name in NUMBERS[:4]])
+        # Buffers differ between processes, and what is done about a finding must not.
+        for finding in self.world.share(found):
             if finding.code == "nonfinite":
                 self._diverged(finding.where)
             self._report(finding.row(), progress)
@@ -419,9 +523,9 @@ class Training:
     def _report(self, row: dict[str, Any], progress: Progress) -> None:
         progress.say(row["text"])
         self.folder.log(row)
-        with self.folder.failing("the TensorBoard events"):
-            assert self._events is not None
-            self._events.add_text("findings", row["text"], self.step)
+        if self._events is not None:
+            with self.folder.failing(EVENTS):
+                self._events.add_text("findings", row["text"], self.step)
 
     def _roll_back(self, error: Diverged, progress: Progress) -> None:
         """Goes on from the last checkpoint, more slowly.
@@ -433,7 +537,10 @@ class Training:
             raise error
         found = Finding("nonfinite", self.step, where=error.what)
         self.close()
-        self.restore(checkpoint.read_state(self.folder.path / RESUME))
+        state, warning = checkpoint.read_newest(self.folder.path)
+        if warning is not None:
+            progress.say(warning)
+        self.restore(state)
         self.rollbacks += 1
         # A run repeats itself to the bit, and would end where it did.
         seed = _seeds(self.config.seed)[0] ^ self.rollbacks
@@ -456,7 +563,7 @@ class Training:
         Raises:
             Diverged: one of them is NaN or infinite.
         """
-        values = (self.sums / max(self.count, 1)).tolist()
+        values = self.world.average(self.sums / max(self.count, 1)).tolist()
         for name, value in zip(NUMBERS, values, strict=True):
             if not math.isfinite(value):
                 where = nonfinite(self.networks.G, self.networks.D, self.fixed_z)
@@ -486,20 +593,24 @@ class Training:
         drawn = self._power.since_last(self.count * self.config.batch_size)
         self.sums.zero_()
         self.count = 0
-        with self.folder.failing("the TensorBoard events"):
-            assert self._events is not None
-            for name, value in (*zip(NUMBERS, values, strict=True), ("images_per_s", rate)):
-                self._events.add_scalar(name, value, self.step)
+        self._scalars(dict(zip(NUMBERS, values, strict=True)) | {"images_per_s": rate})
         row = {**row, "images_per_s": round(rate, 2), "seconds": round(self.seconds, 3)}
         row |= drawn
         self.folder.log(row)
         return row
 
+    def _scalars(self, values: dict[str, float]) -> None:
+        if self._events is not None:
+            with self.folder.failing(EVENTS):
+                for name, value in values.items():
+                    self._events.add_scalar(name, value, self.step)
+
     def _draw(self) -> None:
-        picture = grid(generate(self.networks.G, self.fixed_z))
+        if self._events is None:
+            return
+        picture = grid(generate(self.networks.sampled, self.fixed_z))
         self.folder.write(f"fake_samples_epoch_{self._epoch():03d}.png", encode(picture))
-        with self.folder.failing("the TensorBoard events"):
-            assert self._events is not None
+        with self.folder.failing(EVENTS):
             self._events.add_image("fake_samples", picture, self.step, dataformats="HWC")
 
     def save(self, *, export: bool = False) -> None:
@@ -513,23 +624,25 @@ class Training:
         self.seconds += now - self._tick
         self._tick = now
         state = self.state()
-        where = checkpoint.nonfinite(state)
+        where = self.world.share(checkpoint.nonfinite(state))
         if where is not None:
             self._diverged(f"{where} is not finite")
-        if export:
+        if export and self.world.is_first:
             self._export()
         if self._events is not None:
             self.folder.sync_log()
-            with self.folder.failing("the TensorBoard events"):
+            with self.folder.failing(EVENTS):
                 self._events.flush()
         # Last: from here on the run resumes after everything above.
-        self.folder.write(RESUME, checkpoint.pack_state(state))
+        if self.world.is_first:
+            self.folder.write_beside(RESUME, checkpoint.pack_state(state), PREVIOUS)
+        self.world.wait()
         self.saved = self.step
 
     def _export(self) -> None:
         epoch = self._epoch()
         for letter, kind in (("G", "dcgan.Generator"), ("D", "dcgan.Discriminator")):
-            network = self.networks.G if letter == "G" else self.networks.D
+            network = self.networks.sampled if letter == "G" else self.networks.D
             about = {
                 "network": kind, "arguments": self.networks.arguments[letter],
                 "epoch": epoch, "step": self.step,

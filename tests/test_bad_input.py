@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training import ROOT, TINY, resume, start, train
+from training import ROOT, TINY, numbers, resume, start, train, weights
 
 from pygan import checkpoint, run_folder
 from pygan.run_folder import RunFolder
@@ -283,6 +283,10 @@ def _flip_one_bit(run: Path) -> None:
     (run / "resume.safetensors").write_bytes(data)
 
 
+def _removed(run: Path) -> None:
+    (run / "resume.safetensors").unlink()
+
+
 def _truncated(run: Path) -> None:
     data = (run / "resume.safetensors").read_bytes()
     (run / "resume.safetensors").write_bytes(data[: len(data) // 2])
@@ -315,11 +319,28 @@ def _configuration_of(content: object) -> Callable[[Path], object]:
 def test_resume_from_files_that_are_not_whole(
     run: Path, spoil: Callable[[Path], object], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (run / "resume.previous.safetensors").unlink()
     spoil(run)
     before = contents(run)
     assert resume(run, "--steps=9") == 2
     assert said in sentence(capsys)
     assert contents(run) == before
+
+
+@pytest.mark.parametrize("spoil", [_truncated, _flip_one_bit, _removed])
+def test_the_checkpoint_before_a_damaged_one_is_used(
+    run: Path, spoil: Callable[[Path], object], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    whole = Path(shutil.copytree(run, tmp_path / "whole"))
+    before = checkpoint.read_state(run / "resume.previous.safetensors")["position"]
+    assert before < checkpoint.read_state(run / "resume.safetensors")["position"]
+    spoil(run)
+    assert resume(run, "--steps=9") == 0
+    said = capsys.readouterr().out
+    assert "the run goes on from the checkpoint before it" in said
+    assert resume(whole, "--steps=9") == 0
+    assert weights(run) == weights(whole)
+    assert numbers(run)[-1] == numbers(whole)[-1]
 
 
 def test_resume_with_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,7 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     }
     pictures = {"fake_samples_epoch_000.png", "fake_samples_epoch_001.png", "losses.png"}
     others = {"config.json", "log.jsonl", "resume.safetensors", "real_samples.png", ".lock"}
+    others |= {"report.html", "resume.previous.safetensors"}
     assert names - events == nets | pictures | others
 
 
