@@ -3,7 +3,7 @@
 Trains the default run with ``--fused`` and by the same trainer in plain torch (float32, and
 ``--amp bf16``), for several seeds in turn, each in a process of its own. Of every run: seconds,
 joules and peak resident memory per 1,000 images, and with ``--to-distance D`` the training seconds
-up to the first checkpoint whose Fréchet distance (`benchmarks.sample_quality`) is at most D.
+up to the first checkpoint whose Fréchet distance (`pygan.evaluate`) is at most D.
 Measuring the distances is not part of any time. Joules are those of the whole process, start
 included: of the GPU by NVML, of the CPU by RAPL, all that the machine does counted; memory is the
 host's. Finished runs in DIR are taken as they are; words behind ``--`` go to the trainer.
@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import machine, sample_quality
+from benchmarks import command, machine
 from benchmarks.summary import markdown_table
-from pygan import cli
+from pygan import cli, evaluate
+from pygan.metrics.quality import SORTED
 from pygan.power import PowerMeter
 from pygan.run_folder import LOG, read_config
 
@@ -128,8 +129,8 @@ def _train(run: Path, flags: list[str], samples: int) -> dict[str, Any]:
     stored = read_config(run)
     batch = stored["config"]["batch_size"]
     per_epoch = stored["data"]["images"] // batch
-    options = sample_quality.command_line().parse_args(
-        [str(run), "--every-epoch", "-n", str(samples)]
+    options = evaluate.command_line().parse_args(
+        [str(run), "--every-epoch", "-n", str(samples), "--no-keep"]
     )
     epochs = [
         {
@@ -137,7 +138,7 @@ def _train(run: Path, flags: list[str], samples: int) -> dict[str, Any]:
             "distance": row["distance"],
             "seconds": training_seconds(rows, per_epoch * (row["epoch"] + 1)),
         }
-        for row in sample_quality.measure(options)["epochs"]
+        for row in evaluate.measure(options)["epochs"]
     ]
     last = rows[-1]
     return {**used, "images": batch * last["step"], "seconds": last["seconds"], "epochs": epochs}
@@ -151,7 +152,7 @@ def cost_of_run(run: Path, flags: list[str], samples: int) -> dict[str, Any]:
         if {name: found.get(name) for name in asked} == asked:
             return dict(found)
     found = {**asked, **_train(run, flags, samples)}
-    sample_quality.write(kept, found)
+    command.write(kept, found)
     return found
 
 
@@ -227,7 +228,7 @@ def command_line() -> cli.Parser:
     add("--out", type=Path, required=True, metavar="FILE.json", help="where the figures go")
     add("--seeds", type=cli.whole_number(1), default=3, help="runs of each way; default 3")
     add("--to-distance", type=positive, metavar="D", help="distance to be reached")
-    add("--samples", type=cli.whole_number(sample_quality.SORTED), default=10_000)
+    add("--samples", type=cli.whole_number(SORTED), default=10_000)
     add("--minutes", type=positive, default=1e6, help="no run begins after them")
     add("trainer", nargs="*", metavar="-- FLAGS", help="for pygan.train")
     return parser
@@ -240,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = command_line().parse_args(arguments)
         options.runs.mkdir(parents=True, exist_ok=True)
         result = measure(options)
-        sample_quality.write(options.out, result)
+        command.write(options.out, result)
         for line in report(result):
             print(line)
         return 0

@@ -8,15 +8,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.gpu_peers import ANCHOR
-from benchmarks.gpu_targets import (
-    NO_ROW,
-    against,
-    model_rows,
-    ratio_text,
-    steps_by_case,
-    target_rows,
-)
+from benchmarks.gpu_targets import against, model_rows, steps_by_case, target_rows
 from benchmarks.summary import markdown_table
+from benchmarks.targets import NO_ROW, ratio_text
 
 Record = dict[str, Any]
 LAUNCHED = "launched one by one"

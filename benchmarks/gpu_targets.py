@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from benchmarks.device_peaks import Peaks
 from benchmarks.gpu_peers import ANCHOR, BY_HAND_GRAPH
 from benchmarks.step_model import NETWORKS, kernels, predict
+from benchmarks.targets import NO_ROW, ratio_text, verdict
 
 Record = dict[str, Any]
-NO_ROW = "–"
 
 
 class Target(NamedTuple):
@@ -52,13 +52,6 @@ TARGETS = tuple(
 ABSOLUTE = Milliseconds("dcgan64-128", must=1.11, aim=0.82)
 
 
-def ratio_text(ratio: Record | None) -> str:
-    """A ratio and the interval of its median."""
-    if ratio is None:
-        return NO_ROW
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
-
-
 def steps_by_case(result: Record) -> dict[str, list[Record]]:
     """Of each case, in the order in which the cases came."""
     found: dict[str, list[Record]] = {}
@@ -81,10 +74,6 @@ def against(records: Sequence[Record], peer: Record) -> Record | None:
     return None if anchor is None else anchor["ratios"].get(peer["side"])
 
 
-def _verdict(reached: float, must: float, aim: float) -> str:
-    return "aim reached" if reached >= aim else "met" if reached >= must else "missed"
-
-
 def target_rows(result: Record) -> Iterator[list[str]]:
     """What was wanted, and what was measured."""
     steps = steps_by_case(result)
@@ -103,9 +92,9 @@ def target_rows(result: Record) -> Iterator[list[str]]:
         if peer is None or ratio is None:
             yield [target.case, target.what, *wanted, NO_ROW, "not measured"]
             continue
-        verdict = _verdict(ratio["median"], target.must, target.aim)
+        told = verdict(ratio["median"], target.must, target.aim)
         what = f"{target.what}: {peer['side']}"
-        yield [target.case, what, *wanted, ratio_text(ratio), verdict]
+        yield [target.case, what, *wanted, ratio_text(ratio), told]
     anchors = _anchors(steps.get(ABSOLUTE.case, []))
     wanted = [f"{ABSOLUTE.must:g} ms", f"{ABSOLUTE.aim:g} ms"]
     if not anchors:
@@ -114,8 +103,8 @@ def target_rows(result: Record) -> Iterator[list[str]]:
     # The one beside the eager peers, where it was timed.
     parts = sorted(anchors, key=lambda name: not name.endswith("-eager"))
     took = anchors[parts[0]]["milliseconds"]
-    verdict = _verdict(-took, -ABSOLUTE.must, -ABSOLUTE.aim)
-    yield [ABSOLUTE.case, "absolute", *wanted, f"{took:.3f} ms", verdict]
+    told = verdict(-took, -ABSOLUTE.must, -ABSOLUTE.aim)
+    yield [ABSOLUTE.case, "absolute", *wanted, f"{took:.3f} ms", told]
 
 
 def model_rows(result: Record) -> Iterator[list[str]]:

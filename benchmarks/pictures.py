@@ -2,7 +2,8 @@
 
 `draw` writes those whose records are there: ``steps.png``, images/s of every side of the whole
 steps, and ``peers.png``, those of the one case in which compilers take part; ``roofline.png``,
-convolutions and pointwise operations against the measured peaks; ``memory.png``; ``scaling.png``.
+convolutions and pointwise operations against the measured peaks; ``memory.png``; ``scaling.png``;
+``timeline.png``, the parts of a step as they follow each other.
 The colours are Okabe and Ito's, which the colour-blind tell apart.
 """
 
@@ -157,6 +158,8 @@ _UNITS = {"batch": "batch", "size": "height and width, pixels", "threads": "thre
 
 def scaling(series: Sequence[Mapping[str, Any]]) -> Figure:
     """Milliseconds an image along each axis, with linear growth dashed."""
+    from matplotlib.ticker import LogLocator
+
     names = list(dict.fromkeys(each["axis"] for each in series))
     figure, panels = _figure(3.6, len(names))
     for axes, name in zip(panels, names, strict=True):
@@ -175,11 +178,50 @@ def scaling(series: Sequence[Mapping[str, Any]]) -> Figure:
         ticks = sorted({point["x"] for line in lines for point in line["points"]})
         axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=60 if len(ticks) > 6 else 0)
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(_UNITS[name], fontsize=9, color=DARK)
         axes.set_title(lines[0]["fixed"], fontsize=7, loc="left", color=DARK)
     panels[0].set_ylabel("ms an image (dashed: linear)", fontsize=9, color=DARK)
     panels[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+# Of the parts of a step: those that are not here are drawn as the last.
+PARTS = {
+    "strided_conv up": "#0072B2",
+    "strided_conv down": "#56B4E9",
+    "strided_conv weight_grad": "#D55E00",
+    "norm_act": "#009E73",
+    "torch convolution": "#CC79A7",
+    "Adam": "#E69F00",
+    "others": "#999999",
+}
+
+
+def timeline(precisions: Sequence[Mapping[str, Any]]) -> Figure:
+    """What ran when in one step: phases above, operations below, a panel for each precision."""
+    figure, panels = _figure(0.7 + 1.25 * len(precisions), rows=len(precisions))
+    for axes, each in zip(panels, precisions, strict=True):
+        for name, start, end in each["timeline"]["phases"]:
+            axes.broken_barh([(start, end - start)], (1.1, 0.5), color="#EEEEEE", ec="white", lw=1)
+            middle = (start + end) / 2
+            axes.text(middle, 1.35, name, ha="center", va="center", fontsize=8, color=DARK)
+        for part, colour in PARTS.items():
+            spans = [
+                (start, end - start)
+                for name, start, end in each["timeline"]["groups"]
+                if name == part or (part == "others" and name not in PARTS)
+            ]
+            axes.broken_barh(spans, (0.1, 0.9), color=colour, lw=0, label=part)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlim(0, max(end for _, _, end in each["timeline"]["phases"]))
+        precision = "fp32" if each["amp"] == "off" else each["amp"]
+        axes.set_title(f"{precision}, batch {each['batch']}", fontsize=9, loc="left", color=DARK)
+    panels[-1].set_xlabel("ms since the step began", fontsize=9, color=DARK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
@@ -190,9 +232,11 @@ def draw(
     used: Records = (),
     operations: Records = (),
     grown: Sequence[Mapping[str, Any]] = (),
+    profiled: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
     """Write what the records give into ``folder``, and return where: ``used`` are records of
-    memory, ``operations`` of single operations, ``grown`` the series of `benchmarks.scaling`."""
+    memory, ``operations`` of single operations, ``grown`` the series of `benchmarks.scaling`,
+    ``profiled`` the precisions of `benchmarks.profile_step`."""
     made: dict[str, Figure] = {}
     if whole_steps:
         made["steps"] = steps(whole_steps)
@@ -204,6 +248,8 @@ def draw(
         made["memory"] = memory(used)
     if grown:
         made["scaling"] = scaling(grown)
+    if profiled:
+        made["timeline"] = timeline(profiled)
     paths = []
     for name, figure in made.items():
         path = folder / f"{name}.png"

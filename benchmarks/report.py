@@ -8,8 +8,9 @@ then what ``pygan.fuse`` alone brings to networks, sampling, memory, and every s
 it the table of the convolutions by layer and the pictures of `benchmarks.pictures`.
 
 RESULT.json is what ``pytest benchmarks --benchmark-only --benchmark-json RESULT.json`` wrote, or
-``python -m benchmarks.scaling --out RESULT.json``, which is drawn. Of several results the later one
-has the word about a case that both hold.
+``--out RESULT.json`` of ``python -m benchmarks.scaling`` and ``python -m benchmarks.profile_step``,
+which are drawn and written out. Of several results the later one has the word about a case that
+both hold.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks import summary
+from benchmarks import profile_step, scaling, summary, targets
 from benchmarks.pictures import draw
 from pygan import cli
 from pygan.errors import UserError
@@ -110,11 +111,12 @@ def _measured(result: dict[str, Any]) -> list[str]:
 
 
 def _of(result: dict[str, Any], *modules: str) -> list[summary.Record]:
-    """Records from the given benchmark files."""
+    """Records from the given benchmark files, in their order."""
     return [
         entry["extra_info"]
+        for module in modules
         for entry in result["benchmarks"]
-        if any(module in entry["fullname"] for module in modules)
+        if module in entry["fullname"]
     ]
 
 
@@ -152,6 +154,15 @@ def tables(result: dict[str, Any], *, headline_only: bool = True) -> str:
             "",
         ]
     lines += summary.markdown(beside)
+    if wanted := targets.table(every):
+        lines += [
+            "<details><summary>What was aimed at</summary>",
+            "",
+            *wanted,
+            "",
+            "</details>",
+            "",
+        ]
     if step:
         lines += ["<details><summary>Every side of the step</summary>", ""]
         lines += [*summary.markdown(step), "</details>", ""]
@@ -241,14 +252,30 @@ def keep(result: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def pictures(result: dict[str, Any], grown: Sequence[Any], folder: Path) -> list[Path]:
+class Others(NamedTuple):
+    """Results that are not of pytest-benchmark, by their kind."""
+
+    scaling: list[dict[str, Any]]
+    profile: list[dict[str, Any]]
+
+    def pages(self) -> dict[str, list[str]]:
+        """Markdown by the name of its file."""
+        found = {
+            "scaling.md": [line for each in self.scaling for line in scaling.report(each)],
+            "profile.md": [line for each in self.profile for line in profile_step.page(each)],
+        }
+        return {name: lines for name, lines in found.items() if lines}
+
+
+def pictures(result: dict[str, Any], others: Others, folder: Path) -> list[Path]:
     """Draw what there is into ``folder``; see :func:`benchmarks.pictures.draw`."""
     return draw(
         folder,
         whole_steps=_of(result, *HEADLINE),
         used=_of(result, "bench_memory.py"),
         operations=_of(result, *DRAWN),
-        grown=grown,
+        grown=[series for each in others.scaling for series in each["series"]],
+        profiled=[precision for each in others.profile for precision in each["precisions"]],
     )
 
 
@@ -260,17 +287,28 @@ def _report(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the result in DIR/<device>/")
     options = parser.parse_args(arguments)
     read = [(path, _read(path)) for path in options.results]
-    scaled = [r for _, r in read if isinstance(r, dict) and r.get("kind") == "scaling"]
-    timed = [_checked(path, r) for path, r in read if r not in scaled]
+    kinds = [r.get("kind") if isinstance(r, dict) else None for _, r in read]
+    others = Others(
+        *(
+            [r for (_, r), its in zip(read, kinds, strict=True) if its == kind]
+            for kind in Others._fields
+        )
+    )
+    known = [kind in Others._fields for kind in kinds]
+    timed = [
+        _checked(path, r) for (path, r), is_other in zip(read, known, strict=True) if not is_other
+    ]
     if not timed:
-        raise UserError(f"there is only how cost grows, and no table of it; {ADVICE} as well")
+        raise UserError(f"none of the results holds the tables' records; {ADVICE} as well")
     result = joined(timed)
     text = tables(result, headline_only=not options.all)
     if options.out:
         kept = keep(result, options.out)
-        grown = [each for r in scaled for each in r["series"]]
-        drawn = pictures(result, grown, kept.parent)
-        print("kept as", ", ".join(map(str, (kept, *drawn))), file=sys.stderr)
+        written = pictures(result, others, kept.parent)
+        for name, lines in others.pages().items():
+            written.append(kept.with_name(name))
+            replace_file(written[-1], ("\n".join(lines).rstrip() + "\n").encode())
+        print("kept as", ", ".join(map(str, (kept, *written))), file=sys.stderr)
     if options.update:
         update(options.update, text)
     else:

@@ -2,7 +2,7 @@
 
 Trains the default run in bfloat16 for several seeds with ``--fused`` and without, each in a process
 of its own, and prints the Fréchet distance of 10,000 samples to the real images
-(`benchmarks.sample_quality`) for every run, with mean and spread of both ways. They agree where the
+(`pygan.evaluate`) for every run, with mean and spread of both ways. They agree where the
 ranges of their distances overlap.
 """
 
@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import sample_quality
-from pygan import cli
+from benchmarks import command
+from pygan import cli, evaluate
 
 PROG = "python -m benchmarks.seed_quality"
 WAYS = {"fused": ["--fused"], "unfused": []}
@@ -42,8 +42,8 @@ def distance(run: Path, seed: int, flags: Sequence[str]) -> float:
     kept = run / "quality.json"
     if not kept.exists():
         train(run, seed, flags)
-        options = sample_quality.command_line().parse_args([str(run)])
-        sample_quality.write(kept, sample_quality.measure(options))
+        options = evaluate.command_line().parse_args([str(run), "--no-keep"])
+        command.write(kept, evaluate.measure(options))
     return float(json.loads(kept.read_text())["epochs"][-1]["distance"])
 
 
@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    return sample_quality.run_command(_parser(), measure, report, arguments)
+    return command.run(_parser(), measure, report, arguments)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,10 @@ PYBIND11_MODULE(_C, module) {
            }),
            py::arg("dtype"), py::arg("layout"), py::arg("batch"), py::arg("channels"),
            py::arg("spatial"), py::arg("groups"), py::arg("activation"), py::arg("negative_slope"),
-           py::arg("threads"));
+           py::arg("threads"))
+      .def_readonly("batch", &pygan::NormActShape::batch)
+      .def_readonly("channels", &pygan::NormActShape::channels)
+      .def_readonly("spatial", &pygan::NormActShape::spatial);
 
   module.def("norm_act_scratch", &pygan::norm_act_scratch, py::arg("shape"));
 
@@ -145,7 +148,14 @@ PYBIND11_MODULE(_C, module) {
            }),
            py::arg("dtype"), py::arg("weight_layout"), py::arg("batch"), py::arg("height"),
            py::arg("width"), py::arg("big_height"), py::arg("big_width"), py::arg("small_channels"),
-           py::arg("big_channels"), py::arg("method"), py::arg("normalized"), py::arg("threads"));
+           py::arg("big_channels"), py::arg("method"), py::arg("normalized"), py::arg("threads"))
+      .def_readonly("batch", &pygan::StridedConvShape::batch)
+      .def_readonly("height", &pygan::StridedConvShape::height)
+      .def_readonly("width", &pygan::StridedConvShape::width)
+      .def_readonly("big_height", &pygan::StridedConvShape::big_height)
+      .def_readonly("big_width", &pygan::StridedConvShape::big_width)
+      .def_readonly("small_channels", &pygan::StridedConvShape::small_channels)
+      .def_readonly("big_channels", &pygan::StridedConvShape::big_channels);
 
   module.def(
       "strided_conv_method",

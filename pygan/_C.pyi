@@ -1,6 +1,9 @@
 """CPU kernels. Arrays are addresses, 0 for none; csrc/pygan.h says what each one holds."""
 
 class NormActShape:
+    batch: int
+    channels: int
+    spatial: int
     def __init__(
         self,
         dtype: int,
@@ -65,6 +68,13 @@ def norm_act_second(
 ) -> None: ...
 
 class StridedConvShape:
+    batch: int
+    height: int
+    width: int
+    big_height: int
+    big_width: int
+    small_channels: int
+    big_channels: int
     def __init__(
         self,
         dtype: int,

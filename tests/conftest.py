@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+# The benchmarks are no installed package. Last, so that the pygan that is installed is tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 settings.register_profile("pygan", deadline=None, derandomize=True, database=None)
 settings.load_profile("pygan")

@@ -15,9 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-# The benchmarks are no installed package.
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import pygan
 from benchmarks import (
     bench_compilers,
@@ -35,8 +32,8 @@ from benchmarks import (
     profile_step,
     report,
     same_update,
-    sample_quality,
     summary,
+    targets,
     training_memory,
     work,
 )
@@ -1037,15 +1034,35 @@ def test_operations_are_grouped(operation: str, group: str) -> None:
 
 
 def test_parts_of_a_profile_add_up() -> None:
-    events = [("aten::_fused_adam_", 4e3, 4), ("pygan::norm_act_forward", 6e3, 8),
+    events = [("aten::_fused_adam_", 4e3, 4), ("pygan::norm_act_forward 8, batch 2", 6e3, 8),
               ("aten::add", 1e3, 2)]  # fmt: skip
-    found = profile_step.parts(events, steps=2, seconds=0.016)
+    floors = {events[1][0]: 0.5}
+    found = profile_step.parts(events, 2, 0.016, floors)
     assert found == [
-        profile_step.Part("norm_act", 3.0, 4.0),
+        profile_step.Part("norm_act", 3.0, 4.0, floor=2.0),
         profile_step.Part("Adam", 2.0, 2.0),
         profile_step.Part("other", 3.0, 1.0),
     ]
-    assert profile_step.table(found)[-1] == "| **all** | **8.00** | **100%** |  |"
+    assert profile_step.table(found, 8.0)[2] == "| norm_act | 3.00 | 37.5% | 4 | 2.00 (67%) |"
+    (kernel,) = profile_step.longest(events, 2, floors)
+    assert kernel == ("norm_act_forward 8, batch 2", 3.0, 4.0, 2.0)
+
+
+def test_of_nested_operations_the_outermost_is_drawn() -> None:
+    event = profile_step.Event
+    events = [
+        event("phase::step", 1000.0, 9000.0),
+        event("phase::D's update", 3000.0, 8000.0),
+        event("aten::clone", 1000.0, 2000.0),
+        event("aten::copy_", 1100.0, 1900.0),
+        event("aten::add", 2000.0, 2500.0),
+        event("Optimizer.step#Adam", 5000.0, 7000.0),
+        event("aten::copy_", 9500.0, 9600.0),
+    ]
+    assert profile_step.timeline(events) == {
+        "phases": [["G forward", 0.0, 2.0], ["D's update", 2.0, 7.0]],
+        "groups": [["copy, cast, change of layout", 0.0, 1.0], ["Adam", 4.0, 6.0]],
+    }
 
 
 @pytest.mark.native
@@ -1053,72 +1070,67 @@ def test_native_kernels_show_in_a_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = profile_step.Setup((1, 16, 16), batch=8, width=8)
+    peaks = {"gflops_fp32": 100.0, "gflops_bf16": 300.0, "gb_per_s": 30.0}
     monkeypatch.setattr(profile_step, "Setup", lambda image: small)
-    out = tmp_path / "profile.md"
-    assert profile_step.main(["--steps", "2", "--out", str(out)]) == 0
-    rows = out.read_text().splitlines()
+    monkeypatch.setattr(profile_step.machine, "measure_peaks", lambda device: peaks)
+    out = tmp_path / "profile.json"
+    assert profile_step.main(["--amp", "bf16", "--steps", "2", "--out", str(out)]) == 0
+    rows = capsys.readouterr().out.splitlines()
     assert any(row.startswith("| norm_act |") for row in rows)
     assert any(row.startswith("| Adam |") for row in rows)
-    missing = tmp_path / "missing" / "profile.md"
+    (record,) = json.loads(out.read_text())["precisions"]
+    names = [kernel["group"] for kernel in record["longest"]]
+    # Twice the images where real and fake are one batch.
+    assert any("1x16x16 to 8x8x8, batch 16" in name for name in names)
+    assert all(kernel["floor"] > 0 for kernel in record["longest"])
+    assert [name for name, *_ in record["timeline"]["phases"]] == [
+        "G forward",
+        "D's update",
+        "G's update",
+    ]
+    missing = tmp_path / "missing" / "no" / "profile.json"
+    missing.parent.parent.touch()
     assert profile_step.main(["--steps", "1", "--out", str(missing)]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "--out" in capsys.readouterr().err
 
 
-# Sample quality
+@pytest.mark.native
+@pytest.mark.parametrize(("method", "spared"), [("direct", 1), ("f22", 16 / 9), ("f42", 2.56)])
+def test_floors_count_what_the_method_multiplies(method: str, spared: float) -> None:
+    shape = SimpleNamespace(
+        batch=2, height=4, width=5, big_height=8, big_width=10, small_channels=6, big_channels=3
+    )
+    name, work = profile_step.described("strided_conv_down", shape, 4, method=method)
+    assert name == f"strided_conv_down {method} 3x8x10 to 6x4x5, batch 2"
+    assert work.flops == pytest.approx(2 * 16 * 2 * 20 * 18 / spared)
+    assert work.bytes == 4 * (2 * 20 * 6 + 2 * 80 * 3 + 16 * 18)
 
 
-def test_variety_is_the_mean_distance() -> None:
-    rows = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
-    assert sample_quality.spread(rows) == pytest.approx((5 + 0 + 5) / 3)
+# Targets
 
 
-def test_classifier_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import numpy as np
-
-    from pygan.data import ImageSet
-
-    # Two classes, dark and bright: one epoch finds them.
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, 2, 400)
-    images = generator.integers(0, 100, (400, 32, 32, 1)) + 150 * labels[:, None, None, None]
-    real = ImageSet(images.astype(np.uint8), labels, "made up", "abc")
-    recipe = sample_quality.Recipe(widths=(4, 8), features=8, epochs=2, batch=20)
-    model, accuracy = sample_quality.classifier(real, recipe, tmp_path)
-    assert accuracy == 1.0
-    monkeypatch.setattr(sample_quality, "_train", lambda *_: pytest.fail("trained again"))
-    again, kept = sample_quality.classifier(real, recipe, tmp_path)
-    assert kept == accuracy
-    for first, second in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(first, second)
-
-    features, _ = sample_quality.describe_images(model, real.images)
-    same = sample_quality.quality(model, real.images, features)
-    dark = sample_quality.quality(model, real.images[labels == 0], features)
-    assert same.distance == pytest.approx(0.0, abs=1e-6)
-    assert same.variety == pytest.approx(1.0)
-    assert same.shares == pytest.approx([1 - labels.mean(), labels.mean()])
-    assert dark.shares == [1.0, 0.0]
-    assert dark.distance > 1.0 and dark.variety < same.variety
+def _against_peer(case: str, side: str, median: float, peer: str, *, baseline: bool = False) -> Any:
+    ratio = {"median": median, "low": median - 0.1, "high": median + 0.1, "coverage": 0.96}
+    return {
+        "case": case, "side": side, "precision": "fp32", "baseline": baseline,
+        "milliseconds": 1 / median, "ratios": {peer: ratio},
+    }  # fmt: skip
 
 
-def test_classifier_needs_labels(tmp_path: Path) -> None:
-    import numpy as np
-
-    from pygan.data import ImageSet
-
-    real = ImageSet(np.zeros((4, 32, 32, 1), np.uint8), None, "photos", "abc")
-    with pytest.raises(UserError, match="photos have no labels"):
-        sample_quality.classifier(real, sample_quality.Recipe(), tmp_path)
-
-
-def test_epochs_of_a_run(tmp_path: Path) -> None:
-    for name in ("netG_epoch_10.pth", "netG_epoch_2.pth", "netG_epoch_2.safetensors", "netG.pth"):
-        (tmp_path / name).touch()
-    found = sample_quality.saved_epochs(tmp_path)
-    assert {epoch: path.name for epoch, path in found.items()} == {
-        2: "netG_epoch_2.safetensors",
-        10: "netG_epoch_10.pth",
-    }
-    assert list(found) == [2, 10]
-    with pytest.raises(UserError, match="holds no netG"):
-        sample_quality.saved_epochs(tmp_path / "missing")
+def test_targets_are_met_or_missed() -> None:
+    records = [
+        _against_peer("dcgan64", "pygan fp32", 2.3, "eager fp32"),
+        _against_peer("memory-dcgan64", "pygan fp32", 0.8, "eager fp32"),
+        _against_peer("sampling-dcgan64", "slow", 1.0, "slow", baseline=True),
+        _against_peer("sampling-dcgan64", "fast", 1.5, "fast", baseline=True),
+        _against_peer("sampling-dcgan64", "pygan fp32", 1.6, "fast"),
+        _against_peer("dropin-resnet32", "pygan fp32", 2.5, "another"),
+    ]
+    rows = targets.table(records)[2:]
+    assert rows == [
+        "| dcgan64 | pygan fp32 | eager fp32 | 2.2x | 2.8x | 2.30 (2.20–2.40) | met |",
+        "| sampling-dcgan64 | pygan fp32 | fast | 1.3x | 1.6x | 1.60 (1.50–1.70) | aim reached |",
+        "| memory-dcgan64 | pygan fp32 | eager fp32 | 0.75 of the memory | 0.5 of the memory "
+        "| 0.80 (0.70–0.90) | missed |",
+    ]
+    assert targets.table([]) == []

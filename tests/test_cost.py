@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-# The benchmarks are no installed package.
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import cost
 from benchmarks.cost import CpuEnergy, figures, main, training_seconds
@@ -57,7 +53,7 @@ def test_a_tiny_pass(
 ) -> None:
     monkeypatch.setattr(cost, "WAYS", {"pygan --fused": ["--fused"]})
     told = {"epochs": [{"epoch": 0, "distance": 3.0}]}
-    monkeypatch.setattr(cost.sample_quality, "measure", lambda options: told)
+    monkeypatch.setattr(cost.evaluate, "measure", lambda options: told)
     words = ["--runs", str(tmp_path), "--out", str(tmp_path / "a.json"), "--seeds", "1"]
     words += ["--to-distance", "3", "--", "--steps", "2", "--batch-size", "8"]
     words += ["--ngf", "4", "--ndf", "4"]

@@ -12,9 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-# The benchmarks are no installed package.
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from benchmarks import (
     gpu_layers,
     gpu_operations,

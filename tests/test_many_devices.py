@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-# The benchmarks are no installed package.
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.many_devices import (
     Link,

@@ -64,6 +64,37 @@ def test_lines_and_what_linear_would_be() -> None:
     assert linear[0] == pytest.approx(4 * linear[2])
 
 
+PROFILED = {
+    "kind": "profile",
+    "command": "a command",
+    "steps": 3,
+    "precisions": [
+        {
+            "amp": amp,
+            "batch": 64,
+            "milliseconds": 8.0,
+            "peaks": {"gflops_fp32": 100.0, "gflops_bf16": 300.0, "gb_per_s": 40.0},
+            "parts": [{"group": "Adam", "milliseconds": 2.0, "calls": 1, "floor": 0.0}],
+            "longest": [],
+            "timeline": {
+                "phases": [["G forward", 0.0, 3.0], ["D's update", 3.0, 8.0]],
+                "groups": [["norm_act", 0.5, 2.0], ["gan_loss", 3.0, 4.0], ["Adam", 5.0, 7.0]],
+            },
+        }
+        for amp in ("off", "bf16")
+    ],
+}
+
+
+def test_every_part_of_the_time_line_is_drawn() -> None:
+    figure = pictures.timeline(PROFILED["precisions"])  # type: ignore[arg-type]
+    for axes in figure.axes:
+        widths = [
+            path.get_extents().width for each in axes.collections for path in each.get_paths()
+        ]
+        assert sorted(widths) == [1.0, 1.5, 2.0, 3.0, 5.0]
+
+
 def test_only_what_has_records_is_drawn(tmp_path: Path) -> None:
     assert pictures.draw(tmp_path) == []
     (path,) = pictures.draw(tmp_path, grown=SCALED["series"])  # type: ignore[arg-type]
@@ -75,13 +106,17 @@ def test_only_what_has_records_is_drawn(tmp_path: Path) -> None:
 def test_report_draws_beside_the_result(
     result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scaled = tmp_path / "scaling.json"
-    scaled.write_text(json.dumps(SCALED))
-    arguments = [str(RESULTS / "torch-2.13.0.json"), str(scaled), "--out", str(tmp_path / "out")]
-    assert report.main(arguments) == 0
+    scaled, profiled = tmp_path / "scaling.json", tmp_path / "profile.json"
+    conditions = result["benchmarks"][0]["extra_info"]["conditions"] | {"threads": 4}
+    scaled.write_text(json.dumps(SCALED | {"conditions": conditions, "left_out": []}))
+    profiled.write_text(json.dumps(PROFILED | {"conditions": conditions}))
+    arguments = [str(RESULTS / "torch-2.13.0.json"), str(scaled), str(profiled)]
+    assert report.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     (folder,) = (tmp_path / "out").iterdir()
-    names = {path.name for path in folder.glob("*.png")}
-    assert names == {f"{n}.png" for n in ("steps", "peers", "roofline", "memory", "scaling")}
+    drawn = ("steps", "peers", "roofline", "memory", "scaling", "timeline")
+    assert {path.stem for path in folder.glob("*.png")} == set(drawn)
+    assert "| Adam | 2.00 | 25.0% |" in (folder / "profile.md").read_text()
+    assert "| batch | 4 | pygan fp32 |" in (folder / "scaling.md").read_text()
     assert report.main([str(scaled)]) == 2
 
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-# The benchmarks are no installed package.
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import scaling
 from benchmarks.bench_train_step import WAYS, Setup
@@ -54,8 +50,9 @@ def test_a_tiny_pass(
 ) -> None:
     made = [Point("batch", b, Setup((3, 16, 16), batch=b, width=8), 1) for b in (8, 64)]
     monkeypatch.setattr(scaling, "points", lambda axis, threads: made)
+    monkeypatch.setattr(scaling, "rounds_within", lambda *_: 5)  # however busy the machine
     out, threads = tmp_path / "scaling.json", torch.get_num_threads()
-    assert main(["--out", str(out), "--axis", "batch", "--minutes", "0.2"]) == 0
+    assert main(["--out", str(out), "--axis", "batch"]) == 0
     result = json.loads(out.read_text())
     keys = {"kind", "conditions", "datetime", "command", "left_out", "series"}
     assert set(result) == keys and result["kind"] == "scaling" and result["left_out"] == []
@@ -70,7 +67,7 @@ def test_a_tiny_pass(
 def test_no_room_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "require_right_steps", lambda *_: None)
     made = [Point("batch", b, Setup((3, 16, 16), batch=b, width=8), 1) for b in (2, 2**20)]
-    series, left_out = scaling.measure_axis("batch", [EAGER], made, 2.0)
+    series, left_out = scaling.measure_axis("batch", [EAGER], made, 20.0)
     assert [point["x"] for point in series[0]["points"]] == [2]
     (missing,) = left_out
     assert missing["x"] == 2**20 and "5 rounds of all sides need about" in missing["reason"]

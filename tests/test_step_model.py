@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-# The benchmarks are no installed package.
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import step_model, work
 from benchmarks.device_peaks import DEVICES, Peaks

@@ -61,7 +61,7 @@ METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
 DIRECT_CHANNELS = 4  # of big, at most
 
-_PASSES = {"up": 0, "down": 1, "weight_grad": 2}
+PASSES = {"up": 0, "down": 1, "weight_grad": 2}
 _MAPS = {"none": 0, "small": 1, "big": 2}
 _NORMALIZED = {"up": "small", "down": "big"}  # the map that a pass may read so
 _NONE = 1
@@ -177,13 +177,13 @@ def _layer(
             _MAPS[normalized if reads else "none"],
             threads,
         )
-        found = module.strided_conv_method(shape, _PASSES[name])
+        found = module.strided_conv_method(shape, PASSES[name])
         if found == _NONE:
             return None
-        return _Kernel(shape, module.strided_conv_scratch(shape, _PASSES[name]), found)
+        return _Kernel(shape, module.strided_conv_scratch(shape, PASSES[name]), found)
 
-    found = {name: kernel(name, method) for name in _PASSES}
-    refused = tuple(name for name in _PASSES if named and found[name] is None)
+    found = {name: kernel(name, method) for name in PASSES}
+    refused = tuple(name for name in PASSES if named and found[name] is None)
     found |= {name: kernel(name, "auto") for name in refused}
     kernels = (found["up"], found["down"], found["weight_grad"])
     return _Layer(small_size, big_size, weight_format, *kernels, refused=refused)
