@@ -17,7 +17,7 @@ from pygan import checkpoint
 from pygan.train import main
 from pygan.training import Batches
 
-STEPS = 320
+STEPS = 240
 
 
 def _position(run: Path) -> int:
@@ -72,7 +72,7 @@ def test_kill_and_resume_ends_in_the_same_bytes(tmp_path: Path) -> None:
         *TINY, f"--steps={STEPS}", "--batch-size=16", "--save-every=2", "--log-every=1",
         "--sample-every=5", "--flip", "--fused",
     ]  # fmt: skip
-    kinds = [_killed_while_training] * 12 + [_killed_while_saving] * 6 + [_killed_at_start] * 2
+    kinds = [_killed_while_training] * 6 + [_killed_while_saving] * 4 + [_killed_at_start]
     source = random.Random(20)
     source.shuffle(kinds)
     run, positions = tmp_path / "killed", []
@@ -81,7 +81,7 @@ def test_kill_and_resume_ends_in_the_same_bytes(tmp_path: Path) -> None:
         positions.append(_position(run))
     # The kills fell all over the run, and none of them lost what had been saved.
     assert positions == sorted(positions)
-    assert len(set(positions)) >= 9
+    assert len(set(positions)) >= 6
     assert positions[-1] < STEPS
 
     whole = tmp_path / "whole"
@@ -95,7 +95,7 @@ def test_kill_and_resume_ends_in_the_same_bytes(tmp_path: Path) -> None:
     for state in states:
         del state["seconds"]
     assert checkpoint.pack_state(states[0]) == checkpoint.pack_state(states[1])
-    for picture in ("real_samples.png", "fake_samples_epoch_000.png", "fake_samples_epoch_004.png"):
+    for picture in ("real_samples.png", "fake_samples_epoch_000.png", "fake_samples_epoch_003.png"):
         assert (run / picture).read_bytes() == (whole / picture).read_bytes()
     assert not list(run.glob(".*.tmp"))
 
@@ -106,7 +106,7 @@ def test_a_run_killed_while_it_is_created_is_either_there_or_not(tmp_path: Path)
     assert train("--steps=2", f"--outf={tmp_path / 'whole'}") == 0
     created = set()
     for place in ("fsync", "replace"):
-        for count in range(1, 9):
+        for count in (1, 2, 4, 8):
             run = tmp_path / f"{place}{count}"
             with session([*flags, f"--outf={run}"], (place, count)) as (process, output):
                 output.read()

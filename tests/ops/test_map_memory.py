@@ -215,7 +215,7 @@ def test_threads_and_the_collector(small_arena: Arena) -> None:
 
     def work(seed: int) -> None:
         draw, kept = random.Random(seed), []
-        for i in range(300):
+        for i in range(120):
             x = map_memory.empty((draw.randrange(SMALLEST, 4 * SMALLEST) // 4,), torch.float32)
             x.fill_(seed * 1000 + i)
             cycle: list[object] = [x]

@@ -14,7 +14,7 @@ from pygan.ops import native
 HERE = Path(__file__).resolve().parent
 
 
-def run_again(marker: str, **environment: str) -> None:
+def run_again(marker: str, chosen: str = "", **environment: str) -> None:
     tests = [
         str(HERE / f"test_{name}.py")
         for name in (
@@ -36,6 +36,8 @@ def run_again(marker: str, **environment: str) -> None:
             "-x",
             "-m",
             marker,
+            "-k",
+            chosen,
             "-p",
             "no:cacheprovider",
             *tests,
@@ -58,7 +60,8 @@ def test_lower_instruction_sets(isa: str) -> None:
     if isa not in module.isas():
         assert isa != "avx2", "the native kernels are loaded, so AVX2 runs"
         pytest.skip(f"this CPU has no {isa}")
-    run_again("native", PYGAN_ISA=isa)
+    # Without native bfloat16 products, AVX-512 differs in bfloat16 alone from what runs unasked.
+    run_again("native", "bf16 or bfloat16" if isa == "avx512" else "", PYGAN_ISA=isa)
 
 
 @pytest.mark.triton
