@@ -24,6 +24,7 @@ from pygan.ops import few_positions, norm_act, norm_conv
 from pygan.ops.folded_conv import conv2d_avg_pool
 from pygan.ops.norm_act import Settings
 from pygan.ops.strided_conv import is_last, reordered
+from pygan.ops.wanted import wanted_gradients
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -328,13 +329,14 @@ class _Promise(torch.autograd.Function):
         graph, inputs = torch.is_grad_enabled(), ctx.saved_tensors
         with torch.enable_grad():
             value = ctx.promised[0].value()
-        wanted = [t for t, wants in zip(inputs, ctx.needs_input_grad[1:], strict=True) if wants]
+        wants = wanted_gradients(ctx)[1:]
+        asked = [t for t, wants_it in zip(inputs, wants, strict=True) if wants_it]
         found = iter(
             torch.autograd.grad(
-                value, wanted, grads[0], retain_graph=True, create_graph=graph, allow_unused=True
+                value, asked, grads[0], retain_graph=True, create_graph=graph, allow_unused=True
             )
         )
-        return (None, *(next(found) if wants else None for wants in ctx.needs_input_grad[1:]))
+        return (None, *(next(found) if wants_it else None for wants_it in wants))
 
 
 def _without_values(source: Source, shape: torch.Size, like: Tensor, last: bool) -> Pending:

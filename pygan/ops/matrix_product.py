@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pygan.ops import map_memory
+from pygan.ops.wanted import wanted_gradients
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,7 +51,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, w), wants = grads, ctx.saved_tensors, ctx.needs_input_grad
+        (dy,), (x, w), wants = grads, ctx.saved_tensors, wanted_gradients(ctx)
         dx = dw = dbias = None
         if wants[0]:
             dx = _cast(_mm(dy, _cast(w, dy.dtype).t()), ctx.dtypes[0])

@@ -41,6 +41,7 @@ from pygan.ops import (
 )
 from pygan.ops.dense import dense
 from pygan.ops.native import ACTIVATIONS
+from pygan.ops.wanted import wanted_gradients
 
 _context = threading.local()
 
@@ -325,7 +326,7 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics, running_mean, running_var = ctx.saved_tensors
-        wants = ctx.needs_input_grad[:3]
+        wants = wanted_gradients(ctx)[:3]
         if torch.is_grad_enabled():
             arguments = (x, grads[0], weight, bias, statistics, running_mean, running_var)
             found = norm_act_second.differentiable_backward(*arguments, wants, ctx.settings)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pygan.ops import map_memory, native, norm_act
 from pygan.ops.dense import dense
+from pygan.ops.wanted import wanted_gradients
 
 if TYPE_CHECKING:
     from pygan.ops.norm_act import Settings
@@ -95,7 +96,7 @@ class _NormActBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, dy, weight, bias, statistics, running_mean, running_var = ctx.saved_tensors
-        wants, settings = ctx.needs_input_grad, ctx.settings
+        wants, settings = wanted_gradients(ctx), ctx.settings
         if not torch.is_grad_enabled():
             found = _cpu_second(x, dy, weight, bias, statistics, grads, wants, settings)
             # The slope of a ReLU depends on the bias, though it changes nowhere; torch says 0.

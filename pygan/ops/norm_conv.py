@@ -27,6 +27,7 @@ from torch import Tensor
 from pygan.ops import dispatch, norm_act, norm_act_second, strided_conv
 from pygan.ops.norm_act import Settings
 from pygan.ops.strided_conv import Call
+from pygan.ops.wanted import wanted_gradients
 
 
 class Conv(NamedTuple):
@@ -109,7 +110,7 @@ class _NormConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, statistics, coefficients, *_ = ctx.saved_tensors
-        up, settings, wants = ctx.up, ctx.settings, ctx.needs_input_grad
+        up, settings, wants = ctx.up, ctx.settings, wanted_gradients(ctx)
         dy = grads[0].contiguous(memory_format=torch.channels_last)
         dbias = dy.sum((0, 2, 3), dtype=torch.float32) if wants[4] else None
         if torch.is_grad_enabled():
@@ -134,7 +135,7 @@ class _NormConv(torch.autograd.Function):
 def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """Gradients of x, the norm's weight and bias and the weight as functions of all and dy."""
     x, norm_weight, norm_bias, weight, statistics, _, running_mean, running_var = ctx.saved_tensors
-    wants, settings, layer = ctx.needs_input_grad, ctx.settings, ctx.layer.plain(x.dtype)
+    wants, settings, layer = wanted_gradients(ctx), ctx.settings, ctx.layer.plain(x.dtype)
     found: list[Tensor | None] = [None] * 4
     if any(wants[:3]):
         df = strided_conv.Conv.apply("down" if ctx.up else "up", dy, weight, None, layer, True)

@@ -56,6 +56,7 @@ from pygan.ops import (
 )
 from pygan.ops.matrix_product import matrix_product
 from pygan.ops.torch_conv import Sweep
+from pygan.ops.wanted import wanted_gradients
 
 METHODS = {"auto": 0, "direct": 2, "f22": 3, "f42": 4}
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
@@ -370,7 +371,7 @@ class Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, y), (_, *wants) = ctx.saved_tensors, ctx.needs_input_grad
+        (x, weight, y), (_, *wants) = ctx.saved_tensors, wanted_gradients(ctx)
         up, down, weight_grad = _passes()
         dy = grads[0].contiguous(memory_format=_LAST)
         gate: tuple[Any, ...] = ()
@@ -400,7 +401,7 @@ class WeightGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (small, big), wants = ctx.saved_tensors, ctx.needs_input_grad
+        (small, big), wants = ctx.saved_tensors, wanted_gradients(ctx)
         up, down, _ = _passes()
         return (
             down(big, grads[0], None, ctx.layer, is_last(small)) if wants[0] else None,

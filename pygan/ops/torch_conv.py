@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pygan.ops import dispatch
+from pygan.ops.wanted import wanted_gradients
 
 
 class Sweep(NamedTuple):
@@ -82,7 +83,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, weight), wants = grads, ctx.saved_tensors, ctx.needs_input_grad[:3]
+        (dy,), (x, weight), wants = grads, ctx.saved_tensors, wanted_gradients(ctx)[:3]
         dbias = dy.sum((0, 2, 3)) if wants[2] else None
         if not any(wants[:2]):
             return None, None, dbias, None
@@ -105,7 +106,7 @@ class _ConvBackward(torch.autograd.Function):
         (dy, x, weight), (ddx, ddweight), sweep = ctx.saved_tensors, grads, ctx.sweep
         if ddx is not None and x.is_contiguous(memory_format=torch.channels_last):
             ddx = ddx.contiguous(memory_format=torch.channels_last)
-        wants = ctx.needs_input_grad
+        wants = wanted_gradients(ctx)
         ddy = dx = dweight = None
         if wants[0]:
             pairs = ((ddx, weight), (x, ddweight))
