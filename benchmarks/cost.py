@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import command, machine
+from benchmarks import command, machine, summary
 from benchmarks.summary import markdown_table
 from pygan import cli, evaluate
 from pygan.metrics.quality import SORTED
@@ -186,12 +186,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{way}, seed {seed}: {run['seconds']:.1f} s", file=sys.stderr, flush=True)
     return {
         "kind": "cost",
+        "command": " ".join([PROG, *_words(options)]),
         "conditions": machine.conditions(torch.device(cli.device("auto"))),
         "datetime": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "distance": options.to_distance,
         "left_out": left_out,
         "runs": runs,
     }
+
+
+def _words(options: argparse.Namespace) -> list[str]:
+    words = ["--seeds", str(options.seeds), "--samples", str(options.samples)]
+    if options.to_distance is not None:
+        words += ["--to-distance", f"{options.to_distance:g}"]
+    return [*words, *(["--", *options.trainer] if options.trainer else [])]
 
 
 def _cell(values: Sequence[float | None], scale: float) -> str:
@@ -214,9 +222,24 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         ]
         rows.append([way, str(len(runs)), *cells])
     head = ["way", "runs", "s per 1,000 images", "J per 1,000 images", "peak MiB"]
-    yield from markdown_table([*head, f"s to distance {result['distance']}"], rows)
+    reached = "s to distance" + (f" {result['distance']:g}" if result["distance"] else "")
+    yield from markdown_table([*head, reached], rows)
     for left in result["left_out"]:
         yield f"left out: {left['way']}, seed {left['seed']}: {left['reason']}"
+
+
+def page(result: dict[str, Any]) -> list[str]:
+    """Markdown of the table and of what it is of."""
+    return [
+        "What a whole training on the embedded images costs, start and checkpoints included in the "
+        "memory and the joules; medians and ranges over the seeds, all ways in turn. The distance "
+        "is the Fréchet distance of samples, and measuring it is not timed:",
+        "",
+        *report(result),
+        "",
+        f"{summary.machine_line(result)}: `{result['command']}`.",
+        "",
+    ]
 
 
 def command_line() -> cli.Parser:

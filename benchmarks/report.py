@@ -1,16 +1,16 @@
 """Tables and pictures from results, and results into the repository.
 
 ``python -m benchmarks.report RESULT.json...`` prints, as Markdown, what whole training steps gain,
-then what ``pygan.fuse`` alone brings to networks, sampling, memory, and every side of the step;
+what whole trainings cost, what ``pygan.fuse`` alone brings to networks, sampling, memory, and every side of the step;
 ``--all`` adds the single operations.
 ``--update README.md`` puts them between ``<!-- results -->`` and ``<!-- /results -->``.
 ``--out benchmarks/results`` keeps the result there, in a folder named after the device, and beside
 it the table of the convolutions by layer and the pictures of `benchmarks.pictures`.
 
 RESULT.json is what ``pytest benchmarks --benchmark-only --benchmark-json RESULT.json`` wrote, or
-``--out RESULT.json`` of ``python -m benchmarks.scaling`` and ``python -m benchmarks.profile_step``,
-which are drawn and written out. Of several results the later one has the word about a case that
-both hold.
+``--out RESULT.json`` of ``python -m benchmarks.scaling``, ``profile_step`` and ``tricks``, which
+are drawn and written out, and of ``cost``. Of several results the later one has the word about a
+case that both hold.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import profile_step, scaling, summary, targets
+from benchmarks import cost, profile_step, scaling, summary, targets, tricks
 from benchmarks.pictures import draw
 from pygan import cli
 from pygan.errors import UserError
@@ -124,8 +124,9 @@ def _conditions(result: dict[str, Any], record: summary.Record) -> str:
     return f"Measured on {summary.machine_line(record)}. {'; '.join(_measured(result))}."
 
 
-def tables(result: dict[str, Any], *, headline_only: bool = True) -> str:
-    """Markdown: what the step gains, the conditions under which it holds, then a table per case.
+def tables(result: dict[str, Any], *, headline_only: bool = True, costs: Sequence[str] = ()) -> str:
+    """Markdown: what the step gains, the conditions under which it holds, the costs of whole
+    trainings, then a table per case.
 
     Raises:
         UserError: no record of the training step, and only the headline is wanted.
@@ -143,7 +144,7 @@ def tables(result: dict[str, Any], *, headline_only: bool = True) -> str:
     # A record of memory alone knows no peaks.
     where = next((record for record in (*step, *every) if "peaks" in record), every[0])
     lines = summary.headline(step)
-    lines += [_conditions(result, where), ""]
+    lines += [_conditions(result, where), "", *costs]
     if dropped_in:
         lines += [
             "Networks as scripts for plain torch write them, on contiguous maps, before and after "
@@ -257,12 +258,15 @@ class Others(NamedTuple):
 
     scaling: list[dict[str, Any]]
     profile: list[dict[str, Any]]
+    cost: list[dict[str, Any]]
+    tricks: list[dict[str, Any]]
 
     def pages(self) -> dict[str, list[str]]:
         """Markdown by the name of its file."""
         found = {
             "scaling.md": [line for each in self.scaling for line in scaling.report(each)],
             "profile.md": [line for each in self.profile for line in profile_step.page(each)],
+            "tricks.md": [line for each in self.tricks for line in tricks.page(each)],
         }
         return {name: lines for name, lines in found.items() if lines}
 
@@ -301,7 +305,8 @@ def _report(arguments: Sequence[str] | None) -> int:
     if not timed:
         raise UserError(f"none of the results holds the tables' records; {ADVICE} as well")
     result = joined(timed)
-    text = tables(result, headline_only=not options.all)
+    costs = [line for each in others.cost for line in cost.page(each)]
+    text = tables(result, headline_only=not options.all, costs=costs)
     if options.out:
         kept = keep(result, options.out)
         written = pictures(result, others, kept.parent)

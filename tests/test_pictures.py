@@ -120,6 +120,26 @@ def test_report_draws_beside_the_result(
     assert report.main([str(scaled)]) == 2
 
 
+def test_whole_trainings_come_behind_the_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, cost = RESULTS / "torch-2.13.0.json", RESULTS / "cost.json"
+    run = {"way": "R1", "distance": 20.0, "precision": 0.5, "recall": 0.25}
+    tricks = tmp_path / "tricks.json"
+    tricks.write_text(json.dumps({
+        "kind": "tricks", "command": "abacus", "left_out": [],
+        "conditions": json.loads(cost.read_text())["conditions"],
+        "runs": [run | {"images_per_second": speed} for speed in (10.0, 30.0)],
+    }))  # fmt: skip
+    arguments = [str(result), str(cost), str(tricks), "--out", str(tmp_path / "out")]
+    assert report.main(arguments) == 0
+    assert "| pygan --fused | 3 |" in capsys.readouterr().out.partition("Networks as scripts")[0]
+    (page,) = tmp_path.glob("out/*/tricks.md")
+    assert "| 2 | 20.0 (20.0–20.0) | 50% (50%–50%) | 25% (25%–25%) | 20 (10–30) |" in (
+        page.read_text()
+    )
+
+
 def test_a_later_result_has_the_last_word(result: dict[str, Any]) -> None:
     changed = json.loads(json.dumps(result))
     changed["benchmarks"] = [
