@@ -1,8 +1,8 @@
 """Tables and pictures from results, and results into the repository.
 
 ``python -m benchmarks.report RESULT.json...`` prints, as Markdown, what whole training steps gain,
-what whole trainings cost, what ``pygan.fuse`` alone brings to networks, sampling, memory, and every side of the step;
-``--all`` adds the single operations.
+what whole trainings cost, what ``pygan.fuse`` alone brings to networks, sampling, memory, and every
+side of the step; ``--all`` adds the single operations.
 ``--update README.md`` puts them between ``<!-- results -->`` and ``<!-- /results -->``.
 ``--out benchmarks/results`` keeps the result there, in a folder named after the device, and beside
 it the table of the convolutions by layer and the pictures of `benchmarks.pictures`.
