@@ -298,8 +298,8 @@ setup(
     extras_require={
         "test": TEST,
         "bench": BENCH,
-        # Required already; the names say which part of pygan needs what.
-        "data": DATA,
+        # All but the Hugging Face library is required already; the names say which part needs what.
+        "data": [*DATA, "datasets>=2.19"],
         "viz": VIZ,
         "eval": ["torch-fidelity"],
         "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "clang-format==23.1.5", XDIST],

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from pygan import cli, losses
 from pygan.augment import POLICIES, checked_policy
+from pygan.data import hub
 from pygan.errors import UserError
 from pygan.models.dcgan import D_NORMS
 from pygan.run_folder import CONFIG
@@ -102,7 +103,9 @@ def _parser() -> cli.Parser:
 # fmt: off
 def _add_data(add: Callable[..., None]) -> None:
     add("--data", "--dataroot", metavar="SOURCE",
-        help="folder or .zip of images, .npy, .npz, idx file, fashion-mnist (default) or fake")
+        help="folder or .zip of images, WebDataset shards (.tar, a folder or pattern of them), "
+        "Hugging Face dataset (its folder, or hf:NAME[:SPLIT]), .npy, .npz, idx file, "
+        "fashion-mnist (default) or fake")
     add("--dataset", metavar="NAME",
         help="fashion-mnist, fake, or folder, imagenet, lfw, celeba: those need --dataroot")
     add("--image-size", "--imageSize", "--img-size", type=cli.image_size, metavar="PIXELS",
@@ -204,7 +207,8 @@ def _source(given: dict[str, Any]) -> dict[str, Any]:
         )
     for key in ("data", "netG", "netD"):
         if key in given and given[key] not in (BUILT_IN if key == "data" else ()):
-            given[key] = str(Path(given[key]).absolute())
+            hosted = key == "data" and given[key].startswith(hub.PREFIX)
+            given[key] = hub.absolute(given[key]) if hosted else str(Path(given[key]).absolute())
     return given
 
 

@@ -47,8 +47,11 @@ def load(
     Args:
         source: "fashion-mnist" (embedded: the 10,000 grey images of its test split, padded from 28
             to 32 pixels), "fake" (1,024 images of noise), or a path: a folder (searched
-            recursively, links followed, hidden files left out), a .zip, a .npy or .npz of uint8
-            [N, H, W], [N, H, W, C] or [N, C, H, W], or an idx file, also .gz.
+            recursively, links followed, hidden files left out), a .zip, WebDataset shards (a .tar,
+            a folder of nothing else, or a pattern like "train-{000..012}.tar" or "*.tar"), a
+            folder written by `save_to_disk` of a Hugging Face dataset, or "hf:NAME_OR_PATH[:SPLIT]"
+            for what `datasets.load_dataset` loads, a .npy or .npz of uint8 [N, H, W],
+            [N, H, W, C] or [N, C, H, W], or an idx file, also .gz.
         image_size: side in pixels, a power of two in 16..256. None: 32 for fashion-mnist, the size
             of an array where it is such a power, 64 otherwise.
         channels: 1 (grey) or 3 (RGB). None: 1 if every image is grey, else 3.
@@ -73,7 +76,7 @@ def load(
         images, labels = builtin.fashion_mnist()
         if image_size in (None, images.shape[1]):
             return in_memory(np.repeat(images[..., None], channels or 1, axis=3), labels, name)
-        found = Source(name, name, lambda: arrays.image_list(images, labels, name))
+        found = Source(name, name, name, lambda: arrays.image_list(images, labels, name))
     else:
         found = sources.find(source)
     cache = Cache(cache_dir)

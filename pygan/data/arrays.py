@@ -5,14 +5,14 @@ from __future__ import annotations
 import gzip
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pygan.data.image_list import DEFAULT_SIZE, SIZES, ImageList
+from pygan.data.image_list import DEFAULT_SIZE, SIZES, ImageList, Numbered
 from pygan.errors import UserError
 
 _LAYOUTS = "uint8 of shape [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3"
@@ -40,7 +40,7 @@ def image_list(images: np.ndarray, labels: np.ndarray | None, name: str) -> Imag
         return Image.fromarray(one[..., 0] if channels == 1 else one)
 
     return ImageList(
-        _Numbered(len(pixels)),
+        Numbered(len(pixels)),
         read,
         lambda kept: None if labels is None else labels[np.asarray(kept, np.int64)],
         height if height == width and height in SIZES else DEFAULT_SIZE,
@@ -161,16 +161,3 @@ def _whole(path: Path, kind: str) -> Iterator[None]:
             f"{str(path)!r} cannot be read as an {kind} ({reason}); "
             f"give a whole one that holds {_LAYOUTS}"
         ) from error
-
-
-class _Numbered(Sequence[str]):
-    """Names for images that have none."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i):  # type: ignore[no-untyped-def]
-        return f"image {i}"

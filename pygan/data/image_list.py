@@ -28,3 +28,16 @@ class ImageList:
     read: Callable[[int, int], Image.Image | None]
     labels: Callable[[Sequence[int]], np.ndarray | None]
     default_size: int = DEFAULT_SIZE
+
+
+class Numbered(Sequence[str]):
+    """Names for images that have none."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i):  # type: ignore[no-untyped-def]
+        return f"image {i}"

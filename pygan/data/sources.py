@@ -1,4 +1,4 @@
-"""What can be given as data: a folder, a zip or an array file, found and opened, not decoded."""
+"""What can be given as data: files, folders and datasets, found and opened, not decoded."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pygan.data import arrays, decode
+from pygan.data import arrays, decode, hub, shards
 from pygan.data.image_list import ImageList
 from pygan.errors import UserError
 
 ACCEPTED = (
-    "accepted are a folder of images, a .zip of images, a uint8 .npy or .npz array, "
-    "an idx file (also .gz), fashion-mnist and fake"
+    "accepted are a folder of images, a .zip of images, WebDataset shards (.tar, a folder or a "
+    "pattern of them), a Hugging Face dataset (its folder, or hf:NAME[:SPLIT]), a uint8 .npy or "
+    ".npz array, an idx file (also .gz), fashion-mnist and fake"
 )
-_LARGEST_MEMBER = 1 << 30  # bytes; an image in a zip that declares more is taken for a bomb
+_LARGEST_MEMBER = 1 << 30  # bytes; an image in a zip or tar that declares more is taken for a bomb
 
 
 @dataclass(frozen=True)
@@ -35,43 +36,69 @@ class Source:
             renamed or written: paths, sizes, and times of last write and of last status change.
             The latter also moves when a file is rewritten in place and its size and time of last
             write are put back. Not seen: a second write within one tick of the file system's clock.
+        listing: hex digest of the names, sizes and times of last write alone: that of a copy which
+            keeps them is the same, wherever it lies.
         open: reads as much as is needed to list the images; raises UserError for broken files.
     """
 
     name: str
     stamp: str
+    listing: str
     open: Callable[[], ImageList]
 
 
 def find(given: str | os.PathLike[str]) -> Source:
-    """The folder or file at path `given`; UserError if there is none or its kind is not known."""
+    """What `given` names; UserError if nothing is there or its kind is not known."""
     name = os.fspath(given)
+    if name.startswith(hub.PREFIX):
+        return _dataset(name, *hub.split_name(name))
     path = Path(name).expanduser()
     try:
         if not name or not path.exists():
+            if shards.is_pattern(name):
+                return _shards(name, shards.expanded(str(path)))
             raise UserError(f"there is no data at {name!r}; {ACCEPTED}")
         if path.is_dir():
-            return _folder(name, path)
+            return _dataset(name, str(path), None) if hub.is_saved(path) else _folder(name, path)
         if not path.is_file():
             raise UserError(f"{name!r} is neither a folder nor a file; {ACCEPTED}")
-        files = [path, *arrays.label_files(path)]
-        stamp = _stamp(path, [(str(file), file.stat()) for file in files])
         reader = _reader(name, path)
+        return _files(name, [path, *arrays.label_files(path)], lambda: reader(path))
     except OSError as error:
         culprit = error.filename or name
         raise UserError(
             f"{str(culprit)!r} cannot be read ({error.strerror}); make it readable or leave it out"
         ) from error
-    return Source(name, stamp, lambda: reader(path))
+
+
+def _files(name: str, paths: Sequence[Path], read: Callable[[], ImageList]) -> Source:
+    root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    found = [(str(path.absolute().relative_to(root)), path.stat()) for path in paths]
+    return Source(name, _stamp(root, found), _listing(found), read)
+
+
+def _shards(name: str, paths: Sequence[Path]) -> Source:
+    return _files(name, paths, lambda: shards.open_shards(paths, _LARGEST_MEMBER))
+
+
+def _dataset(name: str, where: str, split: str | None) -> Source:
+    dataset = hub.open_dataset(where, split)
+    root, row = Path(where), hub.stamp(dataset)
+    # The library's stamp of a folder that it has saved is a line in it, and says nothing of files.
+    found = sorted(_walk(root)) if root.is_dir() else []
+    stamp, listing = (f"{files} {row}" for files in (_stamp(root, found), _listing(found)))
+    return Source(name, stamp, listing, lambda: hub.image_list(dataset, name))
 
 
 def _reader(name: str, path: Path) -> Callable[[Path], ImageList]:
     suffixes = path.name.lower().split(".")[1:] or [""]
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(262)
+    if path.name.lower().endswith(shards.SUFFIXES) or start[257:] == b"ustar":
+        return lambda path: shards.open_shards([path], _LARGEST_MEMBER)
     if suffixes[-1] == "npz":
         return arrays.open_npz
-    if suffixes[-1] == "npy" or start == b"\x93NUM":
+    if suffixes[-1] == "npy" or start[:4] == b"\x93NUM":
         return arrays.open_npy
     if suffixes[-1] == "zip" or start[:2] == b"PK":
         return open_zip
@@ -86,13 +113,16 @@ def _folder(name: str, root: Path) -> Source:
     classes = sorted(r for r, status in found if status is None and "/" not in r)
     if not files:
         raise UserError(f"the folder {name!r} holds no files; give a folder with images in it")
-    stamp = _stamp(root, found)
+    if all(file.lower().endswith(shards.SUFFIXES) for file in files):
+        return _shards(name, [root / file for file in files])
 
     def read(i: int, size: int) -> Image.Image | None:
         with (root / files[i]).open("rb") as stream:
             return _read(stream, files[i], size)
 
-    return Source(name, stamp, lambda: ImageList(files, read, _labels_by_folder(files, classes)))
+    labels = _labels_by_folder(files, classes)
+    stamp, listing = _stamp(root, found), _listing(found)
+    return Source(name, stamp, listing, lambda: ImageList(files, read, labels))
 
 
 def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
@@ -190,4 +220,13 @@ def _stamp(root: Path, files: Sequence[tuple[str, os.stat_result | None]]) -> st
         if status is not None:
             times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             digest.update(repr(times).encode())
+    return digest.hexdigest()
+
+
+def _listing(files: Sequence[tuple[str, os.stat_result | None]]) -> str:
+    digest = hashlib.sha256()
+    for name, status in files:
+        if status is not None:
+            digest.update(b"\0" + os.fsencode(name))
+            digest.update(repr((status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()
