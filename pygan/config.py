@@ -41,6 +41,7 @@ class Config:
     loss: str = "bce"
     loss_weight: float = 1.0
     flip: bool = False
+    stream: bool = False
     lr_g: float | None = None
     lr_d: float | None = None
     real_target: float = 1.0
@@ -111,6 +112,8 @@ def _add_data(add: Callable[..., None]) -> None:
     add("--image-size", "--imageSize", "--img-size", type=cli.image_size, metavar="PIXELS",
         help="16, 32, 64, 128 or 256 (default: 32 for the embedded images, otherwise 64)")
     add("--flip", action="store_true", help="mirror images at random")
+    add("--stream", action="store_true",
+        help="decode images while training, without a cache: for more than the disk would hold")
     add("--workers", type=cli.whole_number(0), metavar="N", help="threads that decode images")
 
 

@@ -5,7 +5,8 @@ set against the run's real images: Fréchet and kernel distance, precision, reca
 coverage, copies (`pygan.metrics`), variety and, with a classifier, the classes found. The first row
 of the table sets one half of the real images against the other, which is as good as it gets: the
 numbers depend on the space of features and on how many samples there are, so only those of one
-table compare. They are added to ``quality.jsonl`` in the run's folder, which the report reads.
+table compare. Of a streamed run's images a fixed sample stands for all, 8,192 or what fits into
+256 MiB. They are added to ``quality.jsonl`` in the run's folder, which the report reads.
 """
 
 from __future__ import annotations
@@ -122,11 +123,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         UserError: no run there, or none of the asked epochs or features.
     """
     # First what may be wrong with the run, then with its data.
-    source = read_config(options.run)["config"]["data"]
+    config = read_config(options.run)["config"]
+    source = config["data"]
     epochs = saved_epochs(options.run)
     chosen = _chosen(epochs, options)
     _, arguments = load_generator(epochs[chosen[0]])
-    real = data.load(source, image_size=arguments["image_size"], channels=arguments["channels"])
+    read = data.stream if config.get("stream") else data.load
+    size, channels = arguments["image_size"], arguments["channels"]
+    real = read(source, image_size=size, channels=channels).sample()
     space = space_of(real, options.features)
     reference = Reference(real, space, options.seed)
     rows = []

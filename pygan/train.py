@@ -30,7 +30,7 @@ from pygan.config import (
     parse,
     stored_config,
 )
-from pygan.data import ImageSet
+from pygan.data import Images
 from pygan.distributed import Follower, World, check_batch, is_lost, joined, world
 from pygan.errors import UserError
 from pygan.memory import check_memory
@@ -47,7 +47,7 @@ def _check_length(config: Config, new: Config, steps_per_epoch: int, path: Path)
         )
 
 
-def load_images(config: Config) -> ImageSet:
+def load_images(config: Config) -> Images:
     """The data of a run.
 
     Raises:
@@ -55,7 +55,8 @@ def load_images(config: Config) -> ImageSet:
     """
     # 0 workers is what people type for "in this process".
     workers = 1 if config.workers == 0 else config.workers
-    images = data.load(config.data, image_size=config.image_size, workers=workers)
+    read = data.stream if config.stream else data.load
+    images: Images = read(config.data, image_size=config.image_size, workers=workers)
     if len(images) < config.batch_size:
         raise UserError(
             f"--batch-size {config.batch_size} is larger than the data set, {config.data} with "
@@ -64,7 +65,7 @@ def load_images(config: Config) -> ImageSet:
     return images
 
 
-def _describe(images: ImageSet) -> dict[str, Any]:
+def _describe(images: Images) -> dict[str, Any]:
     return {
         "name": images.name,
         "images": len(images),
@@ -75,7 +76,7 @@ def _describe(images: ImageSet) -> dict[str, Any]:
     }
 
 
-def _check_same_data(images: ImageSet, stored: dict[str, Any], path: Path) -> None:
+def _check_same_data(images: Images, stored: dict[str, Any], path: Path) -> None:
     now = _describe(images)
     names = ("images", "image_size", "channels", "fingerprint")
     differing = [
@@ -90,7 +91,7 @@ def _check_same_data(images: ImageSet, stored: dict[str, Any], path: Path) -> No
         )
 
 
-def _write_config(folder: RunFolder | Follower, config: Config, images: ImageSet) -> None:
+def _write_config(folder: RunFolder | Follower, config: Config, images: Images) -> None:
     content = {
         "pygan": {"version": pygan.__version__, "torch": torch.__version__, "cpu": _cpu()},
         "config": asdict(config),
@@ -131,7 +132,7 @@ def _settle(config: Config, here: World) -> tuple[Config, torch.device]:
     return replace(config, device=device.type, threads=threads), device
 
 
-def _shared_images(config: Config, here: World) -> ImageSet:
+def _shared_images(config: Config, here: World) -> Images:
     """The data, which the first process decodes and the others find in the cache."""
     if not here.is_first:
         here.wait()
@@ -141,7 +142,7 @@ def _shared_images(config: Config, here: World) -> ImageSet:
     return images
 
 
-def _networks(config: Config, images: ImageSet, device: torch.device, here: World) -> Networks:
+def _networks(config: Config, images: Images, device: torch.device, here: World) -> Networks:
     check_memory(
         device,
         image_size=images.image_size,
@@ -241,11 +242,12 @@ def _resumed(request: Request, here: World) -> Run:
 def _announce(training: Training) -> None:
     config, step = training.config, training.networks.step
     way = "fused" if config.fused else "plain torch"
+    streamed = ", streamed" if config.stream else ""
     print(
         f"{len(training.images)} images of {config.image_size}x{config.image_size}x"
-        f"{training.images.channels} from {config.data}; {way}, amp {step.amp}, {config.device}, "
-        f"{config.threads} threads; step {training.step} of {training.total}; run folder "
-        f"{training.folder.path}",
+        f"{training.images.channels} from {config.data}{streamed}; {way}, amp {step.amp}, "
+        f"{config.device}, {config.threads} threads; step {training.step} of {training.total}; "
+        f"run folder {training.folder.path}",
         flush=True,
     )
 
@@ -305,6 +307,10 @@ def _train_here(request: Request, here: World) -> int:
             training.close(failed=True)
             raise
         training.close()
+    if training.replaced:
+        here.say(
+            f"{training.replaced:,} times an image could not be read and another took its place"
+        )
     rate = (training.step - first) * training.config.batch_size / (time.perf_counter() - began)
     if training.step < training.total:
         here.say(

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pygan
-from pygan import checkpoint, cli, data, evaluate, models, power
+from pygan import checkpoint, cli, evaluate, models, power
 from pygan.cli import Failure
 from pygan.config import Config, fixed
-from pygan.data import ImageSet
+from pygan.data import BatchOrder, Images, ImageStream, StreamOrder, Windows
 from pygan.distributed import ALONE, Follower, World, parallel, synchronize_batch_norms
+from pygan.errors import UserError
 from pygan.functional import image_batch
 from pygan.metrics import Neighbours
 from pygan.metrics.describe import space_of
@@ -244,20 +245,28 @@ class Batches:
     """Real images and latents of any step, on the device."""
 
     def __init__(
-        self, config: Config, images: ImageSet, device: torch.device, world: World = ALONE
+        self, config: Config, images: Images, device: torch.device, world: World = ALONE
     ) -> None:
         self._config, self._device = config, device
         # Every process knows the whole batch, and takes its part: as many make the same steps.
         self._part = world.part(config.batch_size)
-        self.order = data.BatchOrder(len(images), config.batch_size, config.seed)
         z_seed, _, _, self._flip_seed = _seeds(config.seed)
         self.generator = torch.Generator(device).manual_seed(z_seed)
-        with warnings.catch_warnings():
-            # The array is a read-only memory map, and nobody writes to it.
-            warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-            self._images = torch.from_numpy(images.images)
+        place = (len(images), config.batch_size, config.seed)
+        self.order: BatchOrder | StreamOrder
+        self._windows: Windows | None = None
+        if isinstance(images, ImageStream):
+            self.order = StreamOrder(*place, images.window)
+            self._windows = Windows(images, self.order, self._part)
+            self._images = torch.empty(0)
+        else:
+            self.order = BatchOrder(*place)
+            with warnings.catch_warnings():
+                # The array is a read-only memory map, and nobody writes to it.
+                warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+                self._images = torch.from_numpy(images.images)
         self.resident = False
-        if device.type == "cuda":
+        if device.type == "cuda" and self._windows is None:
             free = torch.cuda.mem_get_info(device)[0]
             self.resident = self._images.nbytes <= RESIDENT_SHARE * free
             if self.resident:
@@ -311,18 +320,46 @@ class Batches:
         """float32 `[N, C, H, W]` in [-1, 1]; `step` counts from 0.
 
         channels_last for the fused step, contiguous as usual for the plain one.
+
+        Raises:
+            Failure: no image of a stream can be read any more.
         """
+        images = self._images
         if self.resident:
             index, flip = self.chosen(step)
         else:
-            index = torch.from_numpy(self.order.index(step)[self._part])
+            if self._windows is None:
+                index = torch.from_numpy(self.order.index(step)[self._part])
+            else:
+                images = self._streamed(self._windows, step)
+                index = torch.arange(len(images))
             flip = None
             if self._config.flip:
                 flip = torch.from_numpy(self._mirrored(step)[self._part])
-        real = image_batch(self._images, index, flip=flip)
+        real = image_batch(images, index, flip=flip)
         if not self.resident:
             real = self._uploaded(real)
         return real if self._config.fused else real.contiguous()
+
+    @staticmethod
+    def _streamed(windows: Windows, step: int) -> Tensor:
+        try:
+            return torch.from_numpy(windows.batch(step))
+        except UserError as error:
+            # Some could be read when the run began.
+            raise Failure(f"{error}; the last checkpoint is kept for --resume") from error
+
+    def newly_replaced(self) -> int:
+        """Images in whose place others came, since this was last asked."""
+        if self._windows is None:
+            return 0
+        found, self._windows.replaced = self._windows.replaced, 0
+        return found
+
+    def close(self) -> None:
+        """Ends the threads that decode; another batch starts them again."""
+        if self._windows is not None:
+            self._windows.close()
 
     def latent(self) -> Tensor:
         """The next `[N, nz, 1, 1]` of the run's own generator."""
@@ -336,7 +373,7 @@ class Training:
     def __init__(
         self,
         config: Config,
-        images: ImageSet,
+        images: Images,
         networks: Networks,
         folder: RunFolder | Follower,
         device: torch.device,
@@ -351,9 +388,12 @@ class Training:
         self.monitor = self._monitor() if config.monitor else None
         self.reference: Reference | None = None
         if config.evaluate_every is not None and world.is_first:
-            self.reference = Reference(images, space_of(images))
+            sample = images.sample()
+            self.reference = Reference(sample, space_of(sample))
         self.auto_fix = AutoFix(networks.step)
         self.rollbacks = 0
+        # Of a stream: images in whose place others came.
+        self.replaced = 0
         self.step = 0
         self.saved = 0
         self.seconds = 0.0
@@ -368,7 +408,7 @@ class Training:
 
     def _monitor(self) -> Monitor:
         chosen = np.sort(self._shuffled()[:REFERENCES])
-        real = torch.from_numpy(self.images.images[chosen]).permute(0, 3, 1, 2)
+        real = torch.from_numpy(self.images.gather(chosen)).permute(0, 3, 1, 2)
         step = self.networks.step
         return Monitor(
             self.networks.G, self.networks.D,
@@ -396,6 +436,7 @@ class Training:
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
             "auto_fix": self.auto_fix.state_dict(),
             "rollbacks": self.rollbacks,
+            "replaced": self.replaced,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -406,6 +447,8 @@ class Training:
         self.sums.copy_(state["sums"])
         self.count = state["count"]
         self.rollbacks = state["rollbacks"]
+        self.replaced = state["replaced"]
+        self.batches.newly_replaced()
         self.auto_fix.load_state_dict(state["auto_fix"])
         if self.monitor is not None and state["monitor"] is not None:
             self.monitor.load_state_dict(state["monitor"])
@@ -419,7 +462,7 @@ class Training:
     def start(self) -> None:
         """Opens the logs; a new run also gets its first checkpoint and `real_samples.png`."""
         if self.step == 0:
-            real = self.images.images[np.sort(self._shuffled()[:SAMPLES])]
+            real = self.images.gather(np.sort(self._shuffled()[:SAMPLES]))
             self.folder.write("real_samples.png", encode(grid(real)))
         self.folder.start_log(self.step)
         if not self.world.is_first:
@@ -460,6 +503,7 @@ class Training:
                     self._roll_back(error, progress)
         finally:
             progress.close()
+            self.batches.close()
 
     def _noise(self) -> float:
         """Its standard deviation in this step."""
@@ -583,6 +627,10 @@ class Training:
     def _epoch(self) -> int:
         return max(self.step - 1, 0) // self.per_epoch
 
+    def _count_replaced(self) -> None:
+        found = torch.tensor(float(self.batches.newly_replaced()), device=self.device)
+        self.replaced += round(self.world.average(found).item() * self.world.size)
+
     def _log(self) -> dict[str, Any]:
         values = self._numbers()
         now = time.perf_counter()
@@ -595,6 +643,10 @@ class Training:
         self.count = 0
         self._scalars(dict(zip(NUMBERS, values, strict=True)) | {"images_per_s": rate})
         row = {**row, "images_per_s": round(rate, 2), "seconds": round(self.seconds, 3)}
+        if self.config.stream:
+            self._count_replaced()
+            row["replaced"] = self.replaced
+            self._scalars({"replaced": self.replaced})
         row |= drawn
         self.folder.log(row)
         return row
@@ -620,6 +672,8 @@ class Training:
             Failure: the state is not finite, or the disk refused; the last checkpoint is kept.
         """
         self._numbers()
+        if self.config.stream:
+            self._count_replaced()
         now = time.perf_counter()
         self.seconds += now - self._tick
         self._tick = now

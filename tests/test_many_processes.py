@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, multiprocessing, nn
 from training import ROOT, TINY
 
@@ -102,6 +103,26 @@ def test_many_make_the_steps_of_one(way: list[str], images: str, tmp_path: Path)
         assert {path.name for path in (tmp_path / str(count)).glob("net*")} == {
             path.name for path in (tmp_path / "1").glob("net*")
         }
+
+
+@pytest.mark.slow
+def test_many_stream_the_images_of_one(tmp_path: Path) -> None:
+    source = tmp_path / "photos"
+    source.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (64, 16, 16), "u1")):
+        Image.fromarray(pixels).save(source / f"{i:02}.png")
+    for i in (3, 30):
+        (source / f"{i:02}.png").write_bytes(b"broken")
+    flags = [f"--data={source}", "--stream", "--fused", "--sync-bn", "--steps=12", "--log-every=1"]
+    for count in (1, 2):
+        process = _start(count, *flags, f"--outf={tmp_path / str(count)}")
+        output = _finish(process)
+        assert process.returncode == 0, output
+    one, two = (_rows(tmp_path / name) for name in ("1", "2"))
+    assert [row["replaced"] for row in two] == [row["replaced"] for row in one]
+    assert one[-1]["replaced"] >= 2
+    found, expected = ([row["loss_d"] for row in rows] for rows in (two, one))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_each_has_its_own_batch_norm_unless_told(images: str, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Real images as training data: one uint8 array, decoded once, found again at the next start.
 
+`stream` is for what neither memory nor disk hold decoded (`pygan.data.streaming`).
+
     data = pygan.data.load("photos/", image_size=64)
     order = pygan.data.BatchOrder(len(data), batch_size=128, seed=0)
     batch = data.images[order.index(step)]  # uint8 [128, 64, 64, 3]
@@ -12,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from io import BytesIO
+from typing import TypeAlias
 
 import numpy as np
 
@@ -20,12 +23,23 @@ from pygan.data.build import Job, decode_all
 from pygan.data.cache import Cache, key_of
 from pygan.data.image_list import DEFAULT_SIZE, SIZES
 from pygan.data.image_set import ImageSet, in_memory
-from pygan.data.order import BatchOrder
+from pygan.data.order import BatchOrder, StreamOrder
 from pygan.data.sources import Source
+from pygan.data.streaming import ImageStream, Windows, open_stream
 from pygan.errors import UserError
 
-__all__ = ["BatchOrder", "ImageSet", "load"]
+__all__ = [
+    "BatchOrder",
+    "ImageSet",
+    "ImageStream",
+    "Images",
+    "StreamOrder",
+    "Windows",
+    "load",
+    "stream",
+]
 
+Images: TypeAlias = ImageSet | ImageStream
 log = logging.getLogger("pygan.data")
 
 
@@ -76,7 +90,7 @@ def load(
         images, labels = builtin.fashion_mnist()
         if image_size in (None, images.shape[1]):
             return in_memory(np.repeat(images[..., None], channels or 1, axis=3), labels, name)
-        found = Source(name, name, name, lambda: arrays.image_list(images, labels, name))
+        found = _fashion_mnist()
     else:
         found = sources.find(source)
     cache = Cache(cache_dir)
@@ -93,6 +107,45 @@ def load(
     if known.skipped:
         log.warning("%s: %d unreadable images are left out", name, len(known.skipped))
     return known
+
+
+def stream(
+    source: str | os.PathLike[str] = builtin.FASHION_MNIST,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    workers: int | None = None,
+) -> ImageStream:
+    """The same images, decoded as they are asked for; nothing is written to the cache.
+
+    Files whose suffix is not that of an image are left out. What cannot be read is found later, and
+    another image takes its place.
+
+    Args:
+        source, image_size, workers: as of `load`.
+        channels: 1 (grey) or 3 (RGB). None: 1 if 256 images out of the whole set are grey, else 3.
+
+    Raises:
+        UserError: as of `load`, and if none of those 256 images can be read.
+    """
+    _check_arguments(image_size, channels, workers)
+    name = os.fspath(source)
+    if name == builtin.FAKE:
+        arrays_of = builtin.fake(image_size or DEFAULT_SIZE, channels or 3)
+        found = Source(name, name, name, lambda: arrays.image_list(*arrays_of, name))
+    elif name == builtin.FASHION_MNIST:
+        found = _fashion_mnist()
+    else:
+        found = sources.find(source)
+    listed = found.open()
+    size = image_size or listed.default_size
+    job = Job(name, listed, size, channels, workers, progress=False)
+    return open_stream(job, found.listing)
+
+
+def _fashion_mnist() -> Source:
+    name = builtin.FASHION_MNIST
+    return Source(name, name, name, lambda: arrays.image_list(*builtin.fashion_mnist(), name))
 
 
 def _decoded(job: Job, cache: Cache, key: str) -> ImageSet:

@@ -136,7 +136,7 @@ def decode_all(job: Job, stream: IO[bytes]) -> Decoded:
                     writer.append(result)
                     kept.append(i)
                 elif result is not None:
-                    skipped.append((_printable(job.images.names[i]), result.reason))
+                    skipped.append((printable(job.images.names[i]), result.reason))
                     passing |= result.passing
             bar.update(len(results))
     _report(job, len(kept), skipped)
@@ -170,13 +170,13 @@ def _in_order(job: Job) -> Generator[tuple[int, list[_Result]], None, None]:
     """(index of the first, results) of each chunk, decoded a few chunks ahead of the caller."""
     Image.init()  # the list of formats is filled here, not by several threads at once
     count = len(job.images.names)
-    workers = job.workers or _cores()
+    workers = job.workers or cores()
     ahead: deque[tuple[int, Future[list[_Result]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="pygan-decode")
     try:
         for first in range(0, count, _CHUNK):
             chunk = range(first, min(first + _CHUNK, count))
-            ahead.append((first, pool.submit(lambda c: [_decode(job, i) for i in c], chunk)))
+            ahead.append((first, pool.submit(lambda c: [decode_one(job, i) for i in c], chunk)))
             if len(ahead) > 2 * workers:
                 index, future = ahead.popleft()
                 yield index, future.result()
@@ -187,7 +187,8 @@ def _in_order(job: Job) -> Generator[tuple[int, list[_Result]], None, None]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode(job: Job, i: int) -> _Result:
+def decode_one(job: Job, i: int) -> _Result:
+    """Pixels uint8 [S, S, C], None for what is no image, or why there are none."""
     try:
         image = job.images.read(i, job.size)
         return None if image is None else decode.fit(image, job.size, job.channels)
@@ -198,11 +199,11 @@ def _decode(job: Job, i: int) -> _Result:
         return Unreadable(reason, io_failed or isinstance(error, MemoryError))
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use, at most 32: beyond, threads wait for Python's lock."""
     usable = getattr(os, "sched_getaffinity", None)
     return min(32, len(usable(0)) if usable else os.cpu_count() or 1)
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()

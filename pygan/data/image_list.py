@@ -40,4 +40,4 @@ class Numbered(Sequence[str]):
         return self._count
 
     def __getitem__(self, i):  # type: ignore[no-untyped-def]
-        return f"image {i}"
+        return f"image {range(self._count)[i]}"

@@ -41,6 +41,14 @@ class ImageSet:
     def __len__(self) -> int:
         return int(self.images.shape[0])
 
+    def gather(self, chosen: np.ndarray) -> np.ndarray:
+        """The images at indices int64 [M], uint8 [M, H, W, C]."""
+        return self.images[chosen]
+
+    def sample(self) -> ImageSet:
+        """What the set is measured by: all of it."""
+        return self
+
 
 def fingerprint(images: np.ndarray, labels: np.ndarray | None) -> str:
     """SHA-256, in hex, of uint8 `images` [N, H, W, C] (C-contiguous) and int64 `labels` [N]."""

@@ -34,7 +34,7 @@ def photos(tmp_path: Path) -> Path:
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Index of every image that is decoded from now on."""
     seen: list[int] = []
-    decode = build._decode
+    decode = build.decode_one
 
     def counted(job: build.Job, i: int) -> Any:
         seen.append(i)
@@ -252,12 +252,12 @@ def test_two_processes_share_one_build(photos: Path, own_cache: Path) -> None:
         import time
         from pygan import data
         from pygan.data import build
-        decode = build._decode
+        decode = build.decode_one
         def slow(job, i):
             time.sleep(0.05)
             print("decoded", flush=True)
             return decode(job, i)
-        build._decode = slow
+        build.decode_one = slow
         print(data.load({str(photos)!r}, image_size=16, workers=1).fingerprint)
         """
     children = [start_child(code) for _ in range(2)]
