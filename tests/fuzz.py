@@ -16,6 +16,7 @@ import os
 import resource
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -93,6 +94,18 @@ def _zip(method: int) -> bytes:
     return file.getvalue()
 
 
+def _tar(kind: int) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=kind) as archive:
+        for number in range(3):
+            for suffix, content in (("cls", b"7"), ("png", _image("PNG"))):
+                # Longer than a plain header holds.
+                header = tarfile.TarInfo(f"{'a' * 120}/{number}.{suffix}")
+                header.size = len(content)
+                archive.addfile(header, io.BytesIO(content))
+    return file.getvalue()
+
+
 def _weights(place: int) -> bytes:
     return pack_weights(Generator(16, 1, 4, 4), {"network": "dcgan.Generator"})[place]
 
@@ -159,6 +172,7 @@ READERS = (
     Reader("npy", (_saved(np.save, _pixels(6, 16, 16)),), ".npy", _load),
     Reader("npz", (_saved(np.savez, images=_pixels(6, 16, 16)),), ".npz", _load),
     Reader("zip", (_zip(zipfile.ZIP_STORED), _zip(zipfile.ZIP_DEFLATED)), ".zip", _load),
+    Reader("tar", (_tar(tarfile.GNU_FORMAT), _tar(tarfile.PAX_FORMAT)), ".tar", _load),
     Reader("PNG", (_image("PNG"), _image("PNG", "P")), ".png", _load_folder),
     Reader("JPEG", (_image("JPEG"), _image("JPEG", "L")), ".jpg", _load_folder),
     Reader("checkpoint", (_state(),), ".safetensors", checkpoint.read_state),

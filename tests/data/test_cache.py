@@ -40,7 +40,7 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(i)
         return decode(job, i)
 
-    monkeypatch.setattr(build, "_decode", counted)
+    monkeypatch.setattr(build, "decode_one", counted)
     return seen
 
 
@@ -102,7 +102,7 @@ def test_a_second_start_with_ten_thousand_files_takes_under_a_second(
     for i in range(10_000):
         (folder / f"{i:05}.jpg").touch()
     pixels = np.zeros((64, 64, 3), np.uint8)
-    monkeypatch.setattr(build, "_decode", lambda job, i: pixels)  # what is timed decodes nothing
+    monkeypatch.setattr(build, "decode_one", lambda job, i: pixels)  # what is timed decodes nothing
     data.load(folder, channels=3)
     seconds = []
     for _ in range(3):
