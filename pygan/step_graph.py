@@ -199,13 +199,14 @@ class GraphedStep:
         return True
 
     def _warm_up(self, entry: _Entry, inputs: Inputs) -> StepResult:
-        entry.steps += 1
         self._look()
-        if entry.steps == 1 and not self._may_capture():
+        if entry.steps == 0 and not self._may_capture():
             return self._step.run_eagerly(inputs)
-        watch = entry.steps == WARM_UP
+        watch = entry.steps == WARM_UP - 1
         before = PythonState(self._networks, self._optimizers) if watch else None
         result, reason = self._graphs.warm_up(lambda: self._step.run_eagerly(inputs), watch=watch)
+        # Not before: a step that raised has shown nothing.
+        entry.steps += 1
         entry.result = result
         if before is not None:
             reason = reason or before.change(PythonState(self._networks, self._optimizers))
@@ -237,8 +238,6 @@ class GraphedStep:
         logger.warning("the step runs without a CUDA graph, because %s", reason)
 
     def _capture(self, entry: _Entry, inputs: Inputs) -> bool:
-        own = Inputs(*(None if t is None else t.detach().clone() for t in inputs))
-        own = own._replace(images=inputs.images)
         step, before = self._step, _Before(self)
         # So that gradients, and weights that autocast keeps in another type, are the graph's own.
         step.opt_g.zero_grad(set_to_none=True)
@@ -247,12 +246,16 @@ class GraphedStep:
         generators = [] if step.generator is None else [step.generator]
         reason, recording = None, None
         try:
+            # The set of images may fill half the memory: it is read where it is.
+            own = Inputs(
+                *(t if t is None or t is inputs.images else t.detach().clone() for t in inputs)
+            )
             recording = self._graphs.capture(
                 lambda: torch.stack(tuple(step.run_eagerly(own))), generators
             )
             reason = before.replaced()
-        except CaptureError as error:
-            sizes = ", ".join(str(list(t.shape)) for t in own if t is not None)
+        except (CaptureError, torch.OutOfMemoryError) as error:
+            sizes = ", ".join(str(list(t.shape)) for t in inputs if t is not None)
             reason = f"{error} (inputs of {sizes})"
         torch.clear_autocast_cache()
         if reason is not None or recording is None:

@@ -345,6 +345,43 @@ def test_a_capture_that_fails_in_an_optimizer_leaves_its_scaler_unharmed(place: 
     assert graphed._graphed is not None and graphed._graphed.reason is not None
 
 
+def test_the_memory_of_the_set_is_not_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, graphed, graphs = pair()
+    images = torch.randint(0, 256, (30, SIZE, SIZE, 1), dtype=torch.uint8)
+    cloned = []
+    clone = Tensor.clone
+    monkeypatch.setattr(Tensor, "clone", lambda t, **more: cloned.append(t.shape) or clone(t))
+    for i in range(WARM_UP + 2):
+        graphed.gathered(images, torch.arange(i, i + BATCH))
+    assert len(graphs.replays) == 1 and images.shape not in cloned
+
+
+def test_no_memory_for_the_inputs_of_a_graph(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager, graphed, graphs = pair()
+    detach = Tensor.detach
+
+    def refusing(tensor: Tensor) -> Tensor:
+        if tensor.shape == (BATCH, 1, SIZE, SIZE):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return detach(tensor)
+
+    with caplog.at_level(logging.WARNING, "pygan"):
+        for i in range(WARM_UP + 2):
+            eager(*batch(i))
+            with monkeypatch.context() as patch:
+                if i == WARM_UP:
+                    # The copy of real is the first thing that a capture makes.
+                    patch.setattr(graphs, "capture", None)
+                    patch.setattr(Tensor, "clone", lambda t: refusing(t))
+                graphed(*batch(i))
+    require_equal(eager, graphed)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "Tried to allocate 2.00 GiB" in said and f"[{BATCH}, 1, {SIZE}, {SIZE}]" in said
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -353,6 +390,28 @@ class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return x * self.calls
+
+
+class Raising(Counting):
+    fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails:
+            raise RuntimeError("not now")
+        return super().forward(x)
+
+
+def test_a_step_that_raises_is_none_of_the_warm_up() -> None:
+    eager, graphed, graphs = pair(last=Raising, merge=False)
+    for step in (eager, graphed):
+        for i in range(WARM_UP + 4):
+            # The last of the warm-up, which is watched.
+            step.D.main[-1].fails = i == WARM_UP - 1
+            with pytest.raises(RuntimeError) if step.D.main[-1].fails else contextlib.nullcontext():
+                step(*batch(i))
+    # What it would have shown the next one shows, so that no graph leaves it out.
+    require_equal(eager, graphed)
+    assert not graphs.replays
 
 
 class Averaging(nn.Module):
