@@ -18,15 +18,18 @@ def image_batch_kernel(
     p_images,
     p_index,
     p_flip,
+    count,
     width,
     channels,
     size,
+    blocks,
     FLIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of the values [height, width, channels] of one image (axis 1)."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i_image = tl.program_id(1)
+    """One of an image's ``blocks`` of its values [height, width, channels]; NaN for an index that
+    is none of the ``count`` images'."""
+    i_image = tl.program_id(0) // blocks
+    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     m = i < size
     i_source = i
     if FLIP:
@@ -35,9 +38,10 @@ def image_batch_kernel(
             i_pixel = i // channels
             i_x = i_pixel % width
             i_source = (i_pixel - i_x + (width - 1 - i_x)) * channels + i_channel
-    o_image = tl.load(p_index + i_image).to(tl.int64) * size
-    byte = tl.load(p_images + o_image + i_source, mask=m, other=0)
-    value = (byte.to(tl.float32) - 127.5) / 127.5
+    index = tl.load(p_index + i_image).to(tl.int64) + tl.zeros((BLOCK,), tl.int64)
+    m_known = (index >= 0) & (index < count)
+    byte = tl.load(p_images + index * size + i_source, mask=m & m_known, other=0)
+    value = tl.where(m_known, (byte.to(tl.float32) - 127.5) / 127.5, float("nan"))
     o_out = i_image.to(tl.int64) * size + i
     tl.store(p_out + o_out, value.to(p_out.dtype.element_ty), mask=m)
 
@@ -51,14 +55,17 @@ def image_batch(
     if batch == 0:
         return
     size = height * width * channels
-    image_batch_kernel[(triton.cdiv(size, BLOCK), batch)](
+    blocks = triton.cdiv(size, BLOCK)
+    image_batch_kernel[(blocks * batch,)](
         out,
         images,
         index,
         index if flip is None else flip.view(torch.uint8),
+        images.shape[0],
         width,
         channels,
         size,
+        blocks,
         FLIP=flip is not None,
         BLOCK=BLOCK,
     )

@@ -14,6 +14,8 @@ from torch import Tensor
 from pygan.errors import UserError
 from pygan.ops import cuda_native, dispatch, gpu, map_memory, native
 
+_MOST_VALUES = 1 << 30  # of an image, whose index is 32 bits wide
+
 
 def image_batch_ref(
     images: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype
@@ -27,35 +29,43 @@ def image_batch_ref(
     return ((batch.to(wide) - 127.5) / 127.5).to(dtype).permute(0, 3, 1, 2)
 
 
-def _supports_cpu(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | None:
+def _apart(images: Tensor, index: Tensor, flip: Tensor | None) -> str | None:
+    """Reason that the kernels cannot read all of these, or None."""
+    for name, tensor in (("index", index), ("flip", flip)):
+        if tensor is not None and tensor.device != images.device:
+            return f"{name} is on {tensor.device}, the images are on {images.device}"
+    if not images.is_contiguous():
+        return "the images are not contiguous as [N, H, W, C]"
+    if images.shape[1:].numel() >= _MOST_VALUES:
+        return f"an image has {images.shape[1:].numel()} values, not below {_MOST_VALUES}"
+    return None
+
+
+def _supports_cpu(
+    images: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype
+) -> str | None:
     if images.device.type != "cpu" or index.device.type != "cpu":
         return f"the images are on {images.device}, not on the CPU"
     if dtype not in native.DTYPES:
         return f"the dtype is {dtype}, not float32 or bfloat16"
-    if not images.is_contiguous():
-        return "the images are not contiguous as [N, H, W, C]"
-    return native.reason()
+    return _apart(images, index, flip) or native.reason()
 
 
-def _supports_cuda(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | None:
+def _supports_cuda(
+    images: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype
+) -> str | None:
     if (reason := gpu.unfit(dtype)) is not None:
         return reason
-    if not images.is_contiguous():
-        return "the images are not contiguous as [N, H, W, C]"
-    for tensor in (images, index):
-        if tensor.device.type != "cuda":
-            return f"a tensor is on {tensor.device}, not on a GPU"
-    if index.device != images.device:
-        return f"the index is on {index.device}, not on {images.device}"
-    return cuda_native.reason()
+    if not images.is_cuda:
+        return f"the images are on {images.device}, not on a GPU"
+    return _apart(images, index, flip) or cuda_native.reason()
 
 
-def _supports_triton(images: Tensor, index: Tensor, dtype: torch.dtype) -> str | None:
-    if (reason := gpu.unfit(dtype)) is not None:
-        return reason
-    if not images.is_contiguous():
-        return "the images are not contiguous as [N, H, W, C]"
-    return dispatch.supports_triton(images, index)
+def _supports_triton(
+    images: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype
+) -> str | None:
+    unfit = gpu.unfit(dtype) or _apart(images, index, flip)
+    return unfit or dispatch.supports_triton(images)
 
 
 def _cpu(out: Tensor, images: Tensor, index: Tensor, flip: Tensor | None) -> None:
@@ -123,9 +133,9 @@ def image_batch(
         "image_batch",
         impl,
         [
-            ("cuda", lambda: _supports_cuda(images, index, dtype)),
-            ("triton", lambda: _supports_triton(images, index, dtype)),
-            ("cpu", lambda: _supports_cpu(images, index, dtype)),
+            ("cuda", lambda: _supports_cuda(images, index, flip, dtype)),
+            ("triton", lambda: _supports_triton(images, index, flip, dtype)),
+            ("cpu", lambda: _supports_cpu(images, index, flip, dtype)),
             ("torch", dispatch.always),
         ],
     )

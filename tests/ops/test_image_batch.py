@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from implementations import CPU, DTYPES, TRITON
+from implementations import CPU, DTYPES, INTERPRETED, TRITON
 
 from pygan.errors import UserError
 from pygan.functional import image_batch
@@ -59,3 +59,18 @@ def test_wrong_arguments_are_named() -> None:
         image_batch(source, torch.tensor([0], dtype=torch.int32))
     with pytest.raises(UserError, match="flip is"):
         image_batch(source, torch.tensor([0]), flip=torch.tensor([1]))
+    elsewhere = torch.tensor([True], device="meta")
+    with pytest.raises(UserError, match="flip is on meta, the images are on cpu"):
+        image_batch(source, torch.tensor([0]), flip=elsewhere, impl="cpu")
+    with pytest.raises(RuntimeError, match="meta"):
+        image_batch(source, torch.tensor([0]), flip=elsewhere)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not INTERPRETED, reason="runs where TRITON_INTERPRET=1")
+def test_an_index_on_the_device_that_is_no_images_is_nan() -> None:
+    kernels = pytest.importorskip("pygan.kernels.image_batch")
+    out = torch.zeros(3, 4, 4, 1)
+    kernels.image_batch(out, images(3, 4, 4, 1), torch.tensor([-1, 2, 3]), None)
+    assert out.flatten(1).isnan().all(1).tolist() == [True, False, True]
+    assert not out[1].isnan().any()

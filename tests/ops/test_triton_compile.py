@@ -55,9 +55,11 @@ def variants() -> list[Any]:
                 "p_images": "*u8",
                 "p_index": "*i64",
                 "p_flip": "*u8",
+                "count": "i32",
                 "width": "i32",
                 "channels": "i32",
                 "size": "i32",
+                "blocks": "i32",
             }
             constants = {"FLIP": flip, "BLOCK": image_batch.BLOCK}
             name = f"image_batch-{dtype}-{'flip' if flip else 'plain'}"
