@@ -52,11 +52,22 @@ def reason() -> str | None:
         return "there is no GPU that torch can use"
     if unusable := extension.unusable():
         return unusable
-    oldest = min(map(int, extension.architectures().split()))
-    major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor < oldest:
-        return f"the GPU is sm_{major}{minor}; the extension holds kernels from sm_{oldest} on"
-    return None
+    return lacking(extension.architectures(), torch.cuda.get_device_capability())
+
+
+def lacking(architectures: str, capability: tuple[int, int]) -> str | None:
+    """Reason that no kernel of the extension runs on a GPU of this compute capability, or None.
+
+    Machine code runs on its own major version from its minor one on; the portable code of the last
+    architecture on everything from that on.
+    """
+    targets = [divmod(int(target), 10) for target in architectures.split()]
+    if capability >= targets[-1] or any(
+        capability[0] == major and capability[1] >= minor for major, minor in targets
+    ):
+        return None
+    names = ", ".join(f"sm_{target}" for target in architectures.split())
+    return "the GPU is sm_{}{}; the extension holds kernels of {}".format(*capability, names)
 
 
 def run(function: Callable[..., None], x: Tensor, *arguments: Any) -> None:

@@ -22,6 +22,7 @@ logger = logging.getLogger("pygan")
 NAMES = ("cuda", "triton", "cpu", "torch")
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_OLDEST_OF_TRITON = (8, 0)  # compute capability
 
 Support = Callable[[], "str | None"]
 
@@ -81,7 +82,17 @@ def triton_reason() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "there is no GPU that torch can use"
-    return None
+    reasons = [_too_old(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _OLDEST_OF_TRITON:
+        return None
+    name, oldest = ("sm_{}{}".format(*each) for each in (capability, _OLDEST_OF_TRITON))
+    return f"the GPU is {name}; Triton compiles for {oldest} and later"
 
 
 def gpu_reason() -> str | None:
@@ -98,6 +109,9 @@ def supports_triton(*tensors: torch.Tensor) -> str | None:
         for tensor in tensors:
             if tensor.device.type != "cuda":
                 return f"a tensor is on {tensor.device}, not on a GPU"
+            if tensor.device != tensors[0].device:
+                return f"a tensor is on {tensor.device}, another one on {tensors[0].device}"
+            reason = _too_old(tensor.device)
     return reason
 
 

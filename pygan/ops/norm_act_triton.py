@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pygan.kernels.norm_act import Map
     from pygan.ops.norm_act import Settings
 
-_ADDRESSED = 2**31  # values that a program may count
+_ADDRESSED = 2**31 - 2**18  # values that a program may count, and go beyond by a block of rows
 
 
 def supports(x: Tensor) -> str | None:

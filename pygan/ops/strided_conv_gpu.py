@@ -26,7 +26,9 @@ CUDA = "cuda"  # stands for the one configuration that its kernels have
 _TORCH = "torch"
 _LAST = torch.channels_last
 _PROGRAMS = 2  # of weight_grad for each multiprocessor
-_MOST_POSITIONS = 1 << 31  # their index is 32 bits wide
+# Their index is 32 bits wide, and the last tile and the last split go beyond them.
+_MOST_POSITIONS = (1 << 31) - (1 << 20)
+_MOST_WEIGHTS = 1 << 31
 
 
 class Shape(NamedTuple):
@@ -98,7 +100,9 @@ def supports_sizes(small_size: tuple[int, ...], big_size: tuple[int, ...]) -> st
     if min(*small_size, *big_size) < 1:
         return "a map is empty"
     if small_size[0] * (small_size[2] + 1) * (small_size[3] + 1) >= _MOST_POSITIONS:
-        return f"{small_size} has 2**31 positions or more"
+        return f"{small_size} has {_MOST_POSITIONS} positions or more"
+    if 16 * small_size[1] * big_size[1] >= _MOST_WEIGHTS:
+        return f"a weight between {small_size[1]} and {big_size[1]} channels has too many values"
     return None
 
 
