@@ -22,6 +22,8 @@ import triton.language as tl
 
 TILE = 2048
 WARPS = 8  # 8 values a thread; more spill on some GPU
+# A thread may have in the kernels that hold most: the assembler spills for two blocks more.
+REGISTERS = 128
 # Values a channel that one program alone takes through statistics and application.
 WHOLE_ROWS = 2048
 WHOLE_ROWS_OF_MANY = 32768  # where there are at least MANY programs
@@ -462,6 +464,8 @@ def statistics_and_values(
             CHANNELS_LAST=map.channels_last,
             BLOCK_R=map.BLOCK_R,
             BLOCK_C=map.BLOCK_C,
+            num_warps=WARPS,
+            maxnreg=REGISTERS,
         )
         return
     partial = x.new_empty((map.groups, map.blocks, 2, map.channels), dtype=torch.float32)
@@ -480,6 +484,7 @@ def statistics_and_values(
         CHANNELS_LAST=map.channels_last,
         BLOCK_B=MERGED,
         BLOCK_C=MERGED_CHANNELS,
+        maxnreg=REGISTERS,
     )
     if y is not None:
         values(y, statistics, None, x, weight, bias, map, eps, activation, slope)

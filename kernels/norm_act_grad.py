@@ -9,6 +9,7 @@ import triton.language as tl
 from pygan.kernels.norm_act import (
     MERGED,
     MERGED_CHANNELS,
+    REGISTERS,
     WARPS,
     Map,
     _offsets,
@@ -387,6 +388,7 @@ def gradients(
             *(dx, None if apart else dweight, None if apart else dbias, partial, x, dy),
             *(statistics, weight, bias, map.rows, *where, run, map.channel_blocks, float(slope)),
             TRAINING=training,
+            maxnreg=REGISTERS,
             **tile,
         )
         if partial is not None:

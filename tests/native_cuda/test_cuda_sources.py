@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = ROOT / "csrc" / "cuda"
 SOURCES = sorted(p for p in CUDA.iterdir() if p.suffix in (".cu", ".cuh"))
 
 
@@ -37,11 +38,51 @@ def test_every_launch_names_its_stream() -> None:
         assert "stream" in arguments(launch)[3]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def calls(function: str, text: str) -> list[list[str]]:
+    """The arguments of every call of a function."""
+    found = []
+    for start in re.finditer(rf"\b{function}\(", text):
+        depth = 1
+        for end in range(start.end(), len(text)):
+            depth += (text[end] == "(") - (text[end] == ")")
+            if depth == 0:
+                break
+        found.append(arguments(text[start.end() : end]))
+    return found
+
+
+def test_every_call_hands_its_stream_to_the_launch() -> None:
+    found = 0
+    for source in SOURCES:
+        if source.suffix == ".cu":
+            text = source.read_text()
+            launches = calls("launch", text)
+            assert all(launch[3] == "stream" for launch in launches), source.name
+            # What the extension offers takes it last.
+            outcomes = re.findall(r"^Outcome \w+\((.*?)\) \{", text, re.DOTALL | re.MULTILINE)
+            assert outcomes and all("Stream stream" in outcome for outcome in outcomes), source.name
+            found += len(launches)
+    assert found == sum(len(re.findall(r"\blaunch\(", p.read_text())) for p in SOURCES) - 1
+    bindings = (ROOT / "csrc" / "bindings_cuda.cpp").read_text()
+    assert bindings.count("pointer<void>(stream)") == bindings.count('py::arg("stream")') > 0
+
+
+@pytest.mark.parametrize(
+    "source", [*SOURCES, ROOT / "csrc" / "bindings_cuda.cpp"], ids=lambda path: path.name
+)
 def test_nothing_waits_or_allocates(source: Path) -> None:
     text = source.read_text()
-    assert not re.search(r"\bcuda\w*(Synchronize|Malloc|Memcpy|Memset|Free)\w*\(", text)
+    waits = r"\bcu(da)?[A-Z]?\w*(Synchronize|Malloc|Memcpy|Memset|Free|HostAlloc|StreamQuery)\w*\("
+    assert not re.search(waits, text)
     assert not re.search(r"\b(new|malloc|atomic\w+|printf)\b *[\w(]", re.sub("//.*", "", text))
+
+
+def test_every_architecture_is_compiled_by_the_checks() -> None:
+    built = re.search(r"foreach\(target ([\d ]+)\)", (CUDA / "CMakeLists.txt").read_text())
+    checked = re.search(r"for target in ([\d ]+);", (ROOT / ".ci" / "run").read_text())
+    assert built and checked
+    assert built[1].split() == checked[1].split()
+    assert {"75", "80", "90", "100", "120"} <= set(built[1].split())
 
 
 def test_stub_describes_the_extension(shim: ModuleType) -> None:

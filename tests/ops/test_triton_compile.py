@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -21,6 +24,7 @@ pytestmark = [
 
 # Shared memory that one block may use, bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 64 * 1024  # of a multiprocessor, all of which one block may have
 
 
 def variants() -> list[Any]:
@@ -70,48 +74,90 @@ def variants() -> list[Any]:
         found.append(
             pytest.param(gan_loss.gan_loss_sum_kernel, types, constants, id=f"gan_loss_sum-{terms}")
         )
-    return found + norm_act_variants()
+    return found
 
 
-def norm_act_variants() -> list[Any]:
-    """Every kernel in both layouts, in bfloat16 and with all that it may be given."""
+class Launch(NamedTuple):
+    """A kernel as a launcher starts it."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    multiples: tuple[str, ...]  # of 16: pointers, and sizes that are
+
+    @property
+    def name(self) -> str:
+        constants = {k: v for k, v in self.constants.items() if v is not None}
+        absent = [k.removeprefix("p_") for k, v in self.constants.items() if v is None]
+        words = [self.kernel.__name__, *(f"{k}={v}" for k, v in constants.items())]
+        words += [kind for kind in self.types.values() if kind in ("*bf16", "*fp32")][:1]
+        return "-".join([*words, *(["no", *absent] if absent else [])])
+
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
+
+
+def launches(run: Callable[[], object]) -> list[Launch]:
+    """What ``run`` launches, which is not run."""
+    found = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **more: Any) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False))
+        given |= {name: more.pop(name) for name in kernel.arg_names if name in more}
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
+        constants = {k: v for k, v in given.items() if v is None or k in fixed}
+        rest = {k: v for k, v in given.items() if k not in constants}
+        types = {
+            k: TYPES[v.dtype if isinstance(v, torch.Tensor) else type(v)] for k, v in rest.items()
+        }
+        sizes = [k for k, v in rest.items() if isinstance(v, int) and v % 16 == 0]
+        multiples = [k for k in rest if k in sizes or types[k].startswith("*")]
+        found.append(Launch(kernel, types, constants, more, tuple(multiples)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.JITFunction, "run", record)
+        run()
+    return found
+
+
+def norm_act_launches(
+    shape: tuple[int, ...], last: bool, dtype: torch.dtype, activation: int, training: bool
+) -> list[Launch]:
+    """Forward and backward with all that they may be given."""
     from pygan.kernels import norm_act, norm_act_grad
 
-    scalars = ("momentum", "unbiased", "eps", "slope")
-    maps = ("p_x", "p_y", "p_dy", "p_dx")
-    found = []
-    for module in (norm_act, norm_act_grad):
-        names = [name for name in vars(module) if name.startswith("norm_act_")]
-        for name in (name for name in names if name.endswith("_kernel")):
-            kernel = getattr(module, name)
-            merges = "BLOCK_B" in kernel.arg_names
-            for channels_last in (True, False) if "CHANNELS_LAST" in kernel.arg_names else (True,):
-                tile = (norm_act.MERGED, norm_act.MERGED_CHANNELS)
-                if not merges:
-                    columns = norm_act.WIDEST if channels_last else 1
-                    tile = (norm_act.TILE // columns, columns)
-                constants = {
-                    "ACTIVATION": 3,
-                    "TRAINING": True,
-                    "CHANNELS_LAST": channels_last,
-                    "BLOCK_B" if merges else "BLOCK_R": tile[0],
-                    "BLOCK_C": tile[1],
-                }
-                taken = {k: v for k, v in constants.items() if k in kernel.arg_names}
-                types = {
-                    argument: "*bf16"
-                    if argument in maps
-                    else "*fp32"
-                    if argument.startswith("p_")
-                    else "fp32"
-                    if argument in scalars
-                    else "i32"
-                    for argument in kernel.arg_names
-                    if argument not in taken
-                }
-                layout = "last" if channels_last else "first"
-                found.append(pytest.param(kernel, types, taken, id=f"{name}-{layout}"))
-    return found
+    groups = 2 if training else 1
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    channels, size = shape[1], x.shape[2:].numel()
+    statistics = x.new_empty((2, groups, channels), dtype=torch.float32)
+    weight, bias, mean, var = torch.empty((4, channels), device="meta")
+    map = norm_act.cut(shape[0] // groups * size, channels, size, groups, last)
+
+    def run() -> None:
+        forward = norm_act.statistics_and_values if training else norm_act.values
+        rates = (0.1, 1e-5) if training else (1e-5,)
+        forward(x, statistics, (mean, var), x, weight, bias, map, *rates, activation, 0.2)
+        given = (weight, bias, x, x, statistics, weight, bias)
+        norm_act_grad.gradients(x, *given, map, training, activation, 0.2)
+
+    return launches(run)
+
+
+def norm_act_variants() -> list[Launch]:
+    """Every kernel as it is launched in both layouts, in one launch and in three, the lightest and
+    the heaviest activation, and an odd number of channels."""
+    found: dict[str, Launch] = {}
+    none, tanh = 0, 3
+    shapes = [(8, 64, 16, 16), (128, 64, 64, 64), (1024, 512, 4, 4)]
+    usual = (torch.bfloat16, tanh, True)
+    kinds = [usual, (torch.bfloat16, tanh, False), (torch.bfloat16, none, True)]
+    kinds.append((torch.float32, tanh, True))
+    cases = [*itertools.product(shapes, kinds), ((8, 33, 9, 7), usual)]
+    for (shape, kind), last in itertools.product(cases, (True, False)):
+        for each in norm_act_launches(shape, last, *kind):
+            found.setdefault(f"{each.name}-{each.multiples}", each)
+    return list(found.values())
 
 
 def resources(cubin: Path) -> tuple[int, int]:
@@ -133,16 +179,41 @@ def test_compiles(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pygan.kernels import norm_act
-
     signature = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    # Kernels of tiles are launched so; the others with what Triton takes by itself.
-    options = {"num_warps": norm_act.WARPS} if "BLOCK_R" in constants else {}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={})
+    require_fit(compiled, capability, tmp_path)
+
+
+def require_fit(compiled: Any, capability: int, folder: Path) -> None:
+    """No spills, and no more than one block may have."""
     assert compiled.metadata.shared <= SHARED_LIMIT[capability]
-    cubin = tmp_path / "kernel.cubin"
+    cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     registers, stack = resources(cubin)
     assert stack == 0, f"{stack} bytes of registers spilled"
-    assert registers <= 255
+    assert blocks_of(registers, compiled.metadata.num_warps) >= 1
+
+
+def blocks_of(registers: int, warps: int) -> int:
+    """How many blocks the registers of a multiprocessor are enough for. A warp gets them by 256."""
+    return REGISTERS // (warps * 256 * -(-registers * 32 // 256))
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("launch", norm_act_variants(), ids=lambda launch: launch.name)
+def test_norm_act_compiles_as_it_is_launched(
+    launch: Launch, capability: int, tmp_path: Path
+) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    source = ASTSource(
+        fn=launch.kernel,
+        signature={k: launch.types.get(k, "constexpr") for k in names},
+        constexprs=launch.constants,
+        attrs={(names.index(k),): [["tt.divisibility", 16]] for k in launch.multiples},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    require_fit(triton.compile(source, target=target, options=launch.options), capability, tmp_path)
