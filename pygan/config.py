@@ -25,6 +25,7 @@ class Config:
     """What a run is; kept in config.json. Only the fields in `MAY_CHANGE` may differ on resume."""
 
     data: str = "fashion-mnist"
+    follow_links: bool = False
     image_size: int | None = None
     batch_size: int = 64
     epochs: int = 10
@@ -109,6 +110,8 @@ def _add_data(add: Callable[..., None]) -> None:
         "fashion-mnist (default) or fake")
     add("--dataset", metavar="NAME",
         help="fashion-mnist, fake, or folder, imagenet, lfw, celeba: those need --dataroot")
+    add("--follow-links", action="store_true",
+        help="follow links in a folder that lead out of it, too")
     add("--image-size", "--imageSize", "--img-size", type=cli.image_size, metavar="PIXELS",
         help="16, 32, 64, 128 or 256 (default: 32 for the embedded images, otherwise 64)")
     add("--flip", action="store_true", help="mirror images at random")

@@ -129,8 +129,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     chosen = _chosen(epochs, options)
     _, arguments = load_generator(epochs[chosen[0]])
     read = data.stream if config.get("stream") else data.load
-    size, channels = arguments["image_size"], arguments["channels"]
-    real = read(source, image_size=size, channels=channels).sample()
+    real = read(
+        source,
+        image_size=arguments["image_size"],
+        channels=arguments["channels"],
+        follow_links=config.get("follow_links", False),
+    ).sample()
     space = space_of(real, options.features)
     reference = Reference(real, space, options.seed)
     rows = []

@@ -56,7 +56,12 @@ def load_images(config: Config) -> Images:
     # 0 workers is what people type for "in this process".
     workers = 1 if config.workers == 0 else config.workers
     read = data.stream if config.stream else data.load
-    images: Images = read(config.data, image_size=config.image_size, workers=workers)
+    images: Images = read(
+        config.data,
+        image_size=config.image_size,
+        workers=workers,
+        follow_links=config.follow_links,
+    )
     if len(images) < config.batch_size:
         raise UserError(
             f"--batch-size {config.batch_size} is larger than the data set, {config.data} with "

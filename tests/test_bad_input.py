@@ -172,6 +172,7 @@ DATA: dict[str, Callable[[Path], object]] = {
     ),
     "bomb": _bomb,
     "text.txt": lambda path: path.write_text("hello"),
+    "links_out": lambda path: (path.mkdir(), (path / "a.png").symlink_to(__file__)),
 }
 
 
@@ -194,6 +195,24 @@ def test_an_unreadable_image_is_skipped_and_named(tmp_path: Path) -> None:
     described = json.loads((out / "config.json").read_text())["data"]
     assert described["images"] == 9
     assert [Path(name).name for name, _ in described["skipped"]] == ["broken.png"]
+
+
+def test_links_out_of_the_data_are_followed_when_asked_for_and_on_resume(tmp_path: Path) -> None:
+    source, elsewhere, out = (tmp_path / name for name in ("photos", "elsewhere", "run"))
+    for folder in (source, elsewhere):
+        folder.mkdir()
+        for number in range(8):
+            Image.new("L", (20, 20), number).save(folder / f"{number}.png")
+    (source / "linked").symlink_to(elsewhere)
+    flags = (f"--data={source}", "--steps=1")
+    assert train(*flags, f"--outf={out}", "--follow-links") == 0
+    content = json.loads((out / "config.json").read_text())
+    assert content["config"]["follow_links"] and content["data"]["images"] == 16
+    assert resume(out, "--steps=2") == 0
+    assert train(*flags, f"--outf={tmp_path / 'other'}") == 0
+    described = json.loads((tmp_path / "other/config.json").read_text())["data"]
+    assert described["images"] == 8
+    assert [name for name, _ in described["skipped"]] == ["linked"]
 
 
 def test_a_folder_that_holds_a_run_is_refused(
@@ -258,6 +277,7 @@ def test_two_runs_in_one_folder_are_refused(run: Path, capsys: pytest.CaptureFix
         ("--fused", "--fused (the run has no --fused)"),
         ("--data fashion-mnist", "the run has --data fake"),
         ("--image-size 32", "the run has --image-size 16"),
+        ("--follow-links", "--follow-links (the run has no --follow-links)"),
         ("--netG x.pth", "the run has no --netG"),
         ("--steps 1", "is set to 2 steps and cannot be shortened to 1"),
     ],

@@ -51,6 +51,7 @@ def load(
     workers: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    follow_links: bool = False,
 ) -> ImageSet:
     """Images of one size from whatever holds them.
 
@@ -61,10 +62,10 @@ def load(
     Args:
         source: "fashion-mnist" (embedded: the 10,000 grey images of its test split, padded from 28
             to 32 pixels), "fake" (1,024 images of noise), or a path: a folder (searched
-            recursively, links followed, hidden files left out), a .zip, WebDataset shards (a .tar,
-            a folder of nothing else, or a pattern like "train-{000..012}.tar" or "*.tar"), a
-            folder written by `save_to_disk` of a Hugging Face dataset, or "hf:NAME_OR_PATH[:SPLIT]"
-            for what `datasets.load_dataset` loads, a .npy or .npz of uint8 [N, H, W],
+            recursively, hidden files left out), a .zip, WebDataset shards (a .tar, a folder of
+            nothing else, or a pattern like "train-{000..012}.tar" or "*.tar"), a folder written by
+            `save_to_disk` of a Hugging Face dataset, or "hf:NAME_OR_PATH[:SPLIT]" for what
+            `datasets.load_dataset` loads, a .npy or .npz of uint8 [N, H, W],
             [N, H, W, C] or [N, C, H, W], or an idx file, also .gz.
         image_size: side in pixels, a power of two in 16..256. None: 32 for fashion-mnist, the size
             of an array where it is such a power, 64 otherwise.
@@ -73,6 +74,8 @@ def load(
         cache_dir: folder of the cache. None: `$PYGAN_CACHE`, else `$XDG_CACHE_HOME/pygan`, else
             `~/.cache/pygan`. Anything in it may be deleted at any time.
         progress: show a progress bar while decoding, if standard error is a terminal.
+        follow_links: follow links in a folder that lead out of it, too. Otherwise they count as
+            unreadable; `source` itself may be a link, and those that stay within are followed.
 
     Returns:
         An `ImageSet`. Labels of a folder or a zip are the indices of its first-level folders, in
@@ -92,7 +95,7 @@ def load(
             return in_memory(np.repeat(images[..., None], channels or 1, axis=3), labels, name)
         found = _fashion_mnist()
     else:
-        found = sources.find(source)
+        found = sources.find(source, follow_links=follow_links)
     cache = Cache(cache_dir)
     key = key_of(found.stamp, image_size, channels)
     known = cache.find(key, name)
@@ -115,6 +118,7 @@ def stream(
     image_size: int | None = None,
     channels: int | None = None,
     workers: int | None = None,
+    follow_links: bool = False,
 ) -> ImageStream:
     """The same images, decoded as they are asked for; nothing is written to the cache.
 
@@ -122,7 +126,7 @@ def stream(
     another image takes its place.
 
     Args:
-        source, image_size, workers: as of `load`.
+        source, image_size, workers, follow_links: as of `load`.
         channels: 1 (grey) or 3 (RGB). None: 1 if 256 images out of the whole set are grey, else 3.
 
     Raises:
@@ -136,7 +140,7 @@ def stream(
     elif name == builtin.FASHION_MNIST:
         found = _fashion_mnist()
     else:
-        found = sources.find(source)
+        found = sources.find(source, follow_links=follow_links)
     listed = found.open()
     size = image_size or listed.default_size
     job = Job(name, listed, size, channels, workers, progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import zipfile
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -24,6 +25,11 @@ ACCEPTED = (
     ".npz array, an idx file (also .gz), fashion-mnist and fake"
 )
 _LARGEST_MEMBER = 1 << 30  # bytes; an image in a zip or tar that declares more is taken for a bomb
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_LEADS_OUT = (
+    "is a link that leads out of the folder; copy what it leads to into the folder, or ask for it "
+    "with --follow-links (follow_links=True)"
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Source:
     Attributes:
         name: as it was given.
         stamp: hex digest that is cheap to compute and changes when a file is added, removed,
-            renamed or written: paths, sizes, and times of last write and of last status change.
+            renamed or written: paths, sizes, and times of last write and of last status change; and
+            which links are left out.
             The latter also moves when a file is rewritten in place and its size and time of last
             write are put back. Not seen: a second write within one tick of the file system's clock.
         listing: hex digest of the names, sizes and times of last write alone: that of a copy which
@@ -47,8 +54,11 @@ class Source:
     open: Callable[[], ImageList]
 
 
-def find(given: str | os.PathLike[str]) -> Source:
-    """What `given` names; UserError if nothing is there or its kind is not known."""
+def find(given: str | os.PathLike[str], *, follow_links: bool = False) -> Source:
+    """What `given` names; UserError if nothing is there or its kind is not known.
+
+    Links that lead out of a folder are followed or else among its unreadable images.
+    """
     name = os.fspath(given)
     if name.startswith(hub.PREFIX):
         return _dataset(name, *hub.split_name(name))
@@ -59,7 +69,9 @@ def find(given: str | os.PathLike[str]) -> Source:
                 return _shards(name, shards.expanded(str(path)))
             raise UserError(f"there is no data at {name!r}; {ACCEPTED}")
         if path.is_dir():
-            return _dataset(name, str(path), None) if hub.is_saved(path) else _folder(name, path)
+            if hub.is_saved(path):
+                return _dataset(name, str(path), None)
+            return _folder(name, path, follow_links)
         if not path.is_file():
             raise UserError(f"{name!r} is neither a folder nor a file; {ACCEPTED}")
         reader = _reader(name, path)
@@ -73,7 +85,7 @@ def find(given: str | os.PathLike[str]) -> Source:
 
 def _files(name: str, paths: Sequence[Path], read: Callable[[], ImageList]) -> Source:
     root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    found = [(str(path.absolute().relative_to(root)), path.stat()) for path in paths]
+    found = [_Entry(str(path.absolute().relative_to(root)), path.stat()) for path in paths]
     return Source(name, _stamp(root, found), _listing(found), read)
 
 
@@ -85,7 +97,7 @@ def _dataset(name: str, where: str, split: str | None) -> Source:
     dataset = hub.open_dataset(where, split)
     root, row = Path(where), hub.stamp(dataset)
     # The library's stamp of a folder that it has saved is a line in it, and says nothing of files.
-    found = sorted(_walk(root)) if root.is_dir() else []
+    found = sorted(_walk(root, follow_links=True)) if root.is_dir() else []
     stamp, listing = (f"{files} {row}" for files in (_stamp(root, found), _listing(found)))
     return Source(name, stamp, listing, lambda: hub.image_list(dataset, name))
 
@@ -107,16 +119,37 @@ def _reader(name: str, path: Path) -> Callable[[Path], ImageList]:
     raise UserError(f"{name!r} is a file of a kind that is not known; {ACCEPTED}")
 
 
-def _folder(name: str, root: Path) -> Source:
-    found = sorted(_walk(root))
-    files = [relative for relative, status in found if status is not None]
-    classes = sorted(r for r, status in found if status is None and "/" not in r)
+class _Entry(NamedTuple):
+    """What a folder holds: its path relative to the folder, and the status of a file, that of the
+    link itself where it ``leads_out``; None for a folder."""
+
+    name: str
+    status: os.stat_result | None
+    leads_out: bool = False
+
+
+def _folder(name: str, root: Path, follow_links: bool) -> Source:
+    found = sorted(_walk(root, follow_links))
+    files = [entry.name for entry in found if entry.status is not None]
+    left_out = {entry.name for entry in found if entry.leads_out}
+    classes = sorted(e.name for e in found if e.status is None and "/" not in e.name)
     if not files:
         raise UserError(f"the folder {name!r} holds no files; give a folder with images in it")
+    if len(left_out) == len(files):
+        raise UserError(
+            f"the folder {name!r} holds no files but {len(files):,} links that lead out of it (the "
+            f"first: {files[0]}); copy what they lead to into the folder, or ask for it with "
+            "--follow-links (follow_links=True)"
+        )
     if all(file.lower().endswith(shards.SUFFIXES) for file in files):
+        if left_out:
+            # A shard is many images: none is left out by the way.
+            raise UserError(f"the shard {min(left_out)!r} of {name!r} {_LEADS_OUT}")
         return _shards(name, [root / file for file in files])
 
     def read(i: int, size: int) -> Image.Image | None:
+        if files[i] in left_out:
+            raise ValueError(_LEADS_OUT)
         with (root / files[i]).open("rb") as stream:
             return _read(stream, files[i], size)
 
@@ -125,8 +158,9 @@ def _folder(name: str, root: Path) -> Source:
     return Source(name, stamp, listing, lambda: ImageList(files, read, labels))
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
-    """(path relative to root, status) of every file, (path, None) of every folder, none hidden."""
+def _walk(root: Path, follow_links: bool) -> Iterator[_Entry]:
+    """Every file and folder below, none hidden."""
+    top = os.path.realpath(root)
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
         prefix, above = pending.pop()
@@ -139,11 +173,30 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
                 relative = f"{prefix}{entry.name}"
                 if entry.name.startswith("."):
                     continue
+                if entry.is_symlink():
+                    if _leads_nowhere(entry):
+                        continue
+                    if not follow_links and not _lies_in(top, entry):
+                        yield _Entry(relative, entry.stat(follow_symlinks=False), leads_out=True)
+                        continue
                 if entry.is_dir():
                     pending.append((f"{relative}/", above | {identity}))
-                    yield relative, None
+                    yield _Entry(relative, None)
                 elif entry.is_file():
-                    yield relative, entry.stat()
+                    yield _Entry(relative, entry.stat())
+
+
+def _leads_nowhere(link: os.DirEntry[str]) -> bool:
+    try:
+        link.stat()
+    except OSError as error:
+        return error.errno in _NOWHERE
+    return False
+
+
+def _lies_in(top: str, link: os.DirEntry[str]) -> bool:
+    """Whether what a link leads to lies in the folder `top`, whose path is resolved."""
+    return Path(os.path.realpath(link.path)).is_relative_to(top)
 
 
 def open_zip(path: Path) -> ImageList:
@@ -213,19 +266,21 @@ def _labels_by_folder(
     return labels
 
 
-def _stamp(root: Path, files: Sequence[tuple[str, os.stat_result | None]]) -> str:
+def _stamp(root: Path, files: Sequence[_Entry]) -> str:
     digest = hashlib.sha256(os.fsencode(root.resolve()))
-    for name, status in files:
+    for name, status, leads_out in files:
         digest.update(b"\0" + os.fsencode(name))
         if status is not None:
             times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             digest.update(repr(times).encode())
+        if leads_out:
+            digest.update(b"leads out")
     return digest.hexdigest()
 
 
-def _listing(files: Sequence[tuple[str, os.stat_result | None]]) -> str:
+def _listing(files: Sequence[_Entry]) -> str:
     digest = hashlib.sha256()
-    for name, status in files:
+    for name, status, _ in files:
         if status is not None:
             digest.update(b"\0" + os.fsencode(name))
             digest.update(repr((status.st_size, status.st_mtime_ns)).encode())

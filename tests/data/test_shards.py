@@ -168,3 +168,11 @@ def test_unreadable_members_are_skipped(tmp_path: Path, monkeypatch: pytest.Monk
     assert values(images) == [1]
     reasons = dict(images.skipped)
     assert reasons["2.png"] == "cannot identify image file" and "declares" in reasons["3.png"]
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    shard(tmp_path / "shards" / "0.tar", {"0.png": packed(1)})
+    (tmp_path / "shards" / "1.tar").symlink_to(shard(tmp_path / "1.tar", {"1.png": packed(2)}))
+    refused(tmp_path / "shards", r"the shard '1.tar' of .* is a link that leads out")
+    found = data.load(tmp_path / "shards", image_size=16, follow_links=True)
+    assert values(found) == [1, 2]

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pygan import data
+from pygan.errors import UserError
 
 
 def picture(path: Path, value: int, mode: str = "L") -> None:
@@ -87,13 +88,68 @@ def test_sixty_four_pixels_where_nothing_is_said(tmp_path: Path) -> None:
     assert data.load(tmp_path / "photos").image_size == 64
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_links_are_followed_within_the_folder_but_not_in_circles(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    picture(root / "b.png", 2)
+    picture(root / "deep/d.png", 3)
+    picture(root / ".store/e.png", 4)
+    os.symlink("deep", root / "again")
+    os.symlink("../.store/e.png", root / "deep/e.png")
+    os.symlink(root, root / "circle")
+    os.symlink("../..", root / "deep/up")
+    os.symlink("itself.png", root / "itself.png")
+    os.symlink("b.png/below.png", root / "below.png")
+    os.symlink(tmp_path / "missing.png", root / "c.png")
+    os.symlink(root, tmp_path / "given")
+    for given in (root, tmp_path / "given"):
+        images = data.load(given, image_size=16)
+        assert values(images) == [3, 4, 2, 3, 4]
+        assert [name for name, _ in images.skipped] == ["again/up", "deep/up"]
+    os.unlink(root / "deep/up")
+    images = data.load(root, image_size=16)
+    assert values(images) == [3, 4, 2, 3, 4] and images.skipped == ()
+
+
+def test_links_out_of_the_folder_are_unreadable_unless_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "photos"
     picture(tmp_path / "elsewhere/a.png", 1)
-    picture(tmp_path / "photos/b.png", 2)
-    os.symlink(tmp_path / "elsewhere", tmp_path / "photos/linked")
-    os.symlink(tmp_path / "photos", tmp_path / "photos/circle")
-    os.symlink(tmp_path / "missing.png", tmp_path / "photos/c.png")
-    assert values(data.load(tmp_path / "photos")) == [2, 1]
+    # One whose path begins alike is another folder.
+    picture(tmp_path / "photos2/f.png", 5)
+    picture(root / "cat/b.png", 2)
+    os.symlink(tmp_path / "elsewhere", root / "dog")
+    os.symlink("../../photos2/f.png", root / "cat/f.png")
+    os.symlink("f.png", root / "cat/g.png")
+    # Out and in again is in.
+    os.symlink(root / "cat/b.png", tmp_path / "elsewhere/back.png")
+    os.symlink(tmp_path / "elsewhere/back.png", root / "cat/back.png")
+    for _ in range(2):
+        images = data.load(root, image_size=16)
+        assert values(images) == [2, 2]
+        assert images.labels is not None and images.labels.tolist() == [0, 0]
+        assert [name for name, _ in images.skipped] == ["cat/f.png", "cat/g.png", "dog"]
+        assert all("--follow-links" in reason for _, reason in images.skipped)
+        # Neither is found in the cache of the other.
+        followed = data.load(root, image_size=16, follow_links=True)
+        assert values(followed) == [2, 2, 5, 5, 1, 2] and followed.skipped == ()
+    assert "skipped 3 unreadable images" in caplog.text
+    assert "skipped dog: is a link that leads out of the folder; copy what it" in caplog.text
+    # What is linked to may come to lie in the folder.
+    os.unlink(root / "dog")
+    (tmp_path / "elsewhere").rename(root / "emu")
+    os.symlink("emu", root / "dog")
+    assert values(data.load(root, image_size=16)) == [2, 1, 2, 1, 2]
+
+
+def test_a_folder_of_nothing_but_links_out_of_it(tmp_path: Path) -> None:
+    picture(tmp_path / "elsewhere/a.png", 1)
+    (tmp_path / "photos/class").mkdir(parents=True)
+    os.symlink(tmp_path / "elsewhere/a.png", tmp_path / "photos/class/a.png")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "photos/z")
+    with pytest.raises(UserError, match=r"2 links that lead out of it \(the first: class/a.png\)"):
+        data.load(tmp_path / "photos")
+    assert values(data.load(tmp_path / "photos", follow_links=True)) == [1, 1]
 
 
 def test_unreadable_images_are_skipped_counted_and_named(
