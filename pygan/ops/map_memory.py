@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import collections
 import ctypes
-import functools
 import mmap
 import os
 import sys
@@ -131,8 +130,23 @@ def _most() -> int:
     return most if limit == resource.RLIM_INFINITY else min(most, limit // 4)
 
 
-@functools.cache
+_making = threading.Lock()
+_made: list[Arena | None] = []
+
+
 def _arena() -> Arena | None:
+    """The one of this process; None where there is none, or while another thread makes it."""
+    # Not waiting, as in `allocate`; and without a lock each of many threads would reserve its own.
+    if not _made and _making.acquire(blocking=False):
+        try:
+            if not _made:
+                _made.append(_reserved())
+        finally:
+            _making.release()
+    return _made[0] if _made else None
+
+
+def _reserved() -> Arena | None:
     size = _most() // mmap.PAGESIZE * mmap.PAGESIZE
     while size >= _RESERVE_AT_LEAST:
         try:

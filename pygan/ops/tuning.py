@@ -64,7 +64,7 @@ class Tuner:
             if (choice := self.known(key, candidates)) is not None:
                 return choice
             choice = self._measure(key, candidates, baseline)
-            self._choices = self._read() | {key: choice}
+            self._choices = self._choices | self._read() | {key: choice}
             self._write()
             return choice
 

@@ -9,6 +9,8 @@ import random
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,21 @@ def test_a_finalizer_inside_the_allocator_neither_waits_nor_breaks_it() -> None:
         assert arena.allocate(MIB) is None
     assert arena.allocate(MIB) is not None
     assert all_free(arena)
+
+
+def test_threads_reserve_one_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Arena] = []
+
+    def reserved() -> Arena:
+        time.sleep(0.05)
+        made.append(Arena(SMALLEST))
+        return made[-1]
+
+    monkeypatch.setattr(map_memory, "_made", [])
+    monkeypatch.setattr(map_memory, "_reserved", reserved)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: map_memory._arena(), range(4)))
+    assert len(made) == 1 and set(found) <= {None, made[0]} and map_memory._arena() is made[0]
 
 
 def test_threads_and_the_collector(small_arena: Arena) -> None:

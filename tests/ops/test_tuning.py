@@ -109,4 +109,5 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tuner = Tuner("device", Clock(), tmp_path)
     candidates = ways(torch=1.0, ours=0.5)
     assert tuner.choose("key", candidates, "torch") == "ours"
-    assert tuner.known("key", candidates) == "ours"
+    assert tuner.choose("other key", candidates, "torch") == "ours"
+    assert tuner.known("key", candidates) == tuner.known("other key", candidates) == "ours"
