@@ -126,6 +126,8 @@ def report(result: dict[str, Any]) -> Iterator[str]:
             rows.append([way, f"`{' '.join(flags)}`" if flags else "", str(len(runs)), *cells])
     heading = ["trick", "flags", "seeds", "Fréchet", "precision", "recall", "images/s"]
     yield from markdown_table(heading, rows)
+    if result["left_out"]:
+        yield ""  # Markdown takes the next line for a row else
     for left in result["left_out"]:
         yield f"left out: {left['way']}, seed {left['seed']}: the minutes were over"
 
@@ -137,7 +139,7 @@ def page(result: dict[str, Any]) -> list[str]:
         "",
         "The embedded images, `--fused`, one trick at a time; medians and ranges over the seeds. "
         "Distance, precision and recall are of 10,000 samples of the last epoch. A trick that "
-        "helps one set of images may harm another.",
+        "helps one set of images may harm another, and five epochs tell nothing of fifty.",
         "",
         *report(result),
         "",
