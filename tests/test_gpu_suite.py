@@ -261,6 +261,16 @@ def test_each_part_is_lost_alone(tmp_path: Path) -> None:
     assert len(result["parts"]) == 7
 
 
+def test_all_parts_end_within_the_minutes(tmp_path: Path) -> None:
+    started = time.monotonic()
+    suite = gpu_suite.Suite(tmp_path, "command", (gpu_suite.RESERVE + 3) / 60, dry_run=True)
+    # It does not listen, and has a limit of its own far beyond.
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: None); time.sleep(60)"
+    suite.run([_python("deaf", deaf), _python("later", "")])
+    assert time.monotonic() - started < gpu_suite.RESERVE + 3
+    assert [outcome.state for outcome in suite.outcomes] == ["stopped", "left out"]
+
+
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "found"
     arguments = ["--out", str(folder), "--dry-run", "--only", "build,operations"]

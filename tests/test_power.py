@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from training import train
 
 from pygan import power
 
@@ -148,3 +151,26 @@ def test_without_nvml(driver: Driver, monkeypatch: pytest.MonkeyPatch, fault: st
         monkeypatch.setattr(driver, name, fail)
     assert power.read(GPU) is None
     assert power.PowerLog(GPU).since_last(10) == {}
+
+
+def test_a_training_logs_each_of_its_intervals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Log:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def since_last(self, images: int) -> dict[str, Any]:
+            asked.append(images)
+            return {"watts": 100.0 + len(asked), "images_per_joule": 3.0, "throttle": "power cap"}
+
+    monkeypatch.setattr(power, "PowerLog", Log)
+    assert train("--steps=10", f"--outf={tmp_path / 'run'}") == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "step" in row]
+    # Eight images a step, a line every four steps and one at the end.
+    assert asked == [32, 32, 16]
+    assert [row["watts"] for row in rows] == [101.0, 102.0, 103.0]
+    assert all(row["throttle"] == "power cap" for row in rows)
