@@ -13,7 +13,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from test_triton_compile import SHARED_LIMIT, resources  # noqa: E402
+from test_triton_compile import SHARED_LIMIT, blocks_of, resources  # noqa: E402
 
 pytestmark = [
     pytest.mark.triton,
@@ -35,6 +35,7 @@ class Variant(NamedTuple):
     precision: str = "tf32"
     normalized: bool = False
     one_channel: bool = False
+    plain: bool = False  # no bias, no statistics
 
     @property
     def copies_ahead(self) -> bool:
@@ -46,7 +47,7 @@ class Variant(NamedTuple):
     def name(self) -> str:
         tile = "x".join(map(str, self.config[:3]))
         form = f"{self.config.phases}{'flat' if self.config.flat else ''}"
-        extra = "-normalized" * self.normalized + "-one" * self.one_channel
+        extra = "-normalized" * self.normalized + "-one" * self.one_channel + "-plain" * self.plain
         kind = f"{self.dtype}-{self.precision}" if self.dtype == "fp32" else self.dtype
         return f"{self.conv_pass}-{tile}-{form}-{kind}-sm{self.capability}{extra}"
 
@@ -57,6 +58,8 @@ def variants() -> list[Variant]:
     found = []
     for conv_pass, configs in CONFIGS["half"].items():
         found += [Variant(conv_pass, c, at) for at in SHARED_LIMIT for c in configs]
+        if conv_pass != "weight_grad":
+            found += [Variant(conv_pass, c, at, plain=True) for at in SHARED_LIMIT for c in configs]
         found.append(Variant(conv_pass, configs[0], 90, "fp16"))
         found.append(Variant(conv_pass, configs[0], 90, normalized=True))
         found.append(Variant(conv_pass, configs[-1], 90, one_channel=True))
@@ -90,8 +93,9 @@ def compiled(variant: Variant) -> tuple[int, bytes]:
         y, x = ("p_big", "p_small") if up else ("p_small", "p_big")
         types = {y: maps, "p_partials": "*fp32", x: maps, "p_weight": maps, "p_bias": "*fp32"}
         types |= arrays | {"tiles": "i32"}
-        # Statistics need the most registers of what goes with the sums.
-        constants |= {"BIAS": True, "STATISTICS": True, "NORMALIZED": variant.normalized}
+        # More does not always spill more: the assembler sets itself another limit for less.
+        constants |= {"BIAS": not variant.plain, "STATISTICS": not variant.plain}
+        constants |= {"NORMALIZED": variant.normalized}
         constants |= {"PHASES": config.phases} if up else {"FLAT": config.flat}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     if variant.one_channel:
@@ -139,7 +143,7 @@ def test_compiles(
         tile = (config.block_m + config.block_n) * config.block_k * size
         assert shared >= config.stages * tile, "a map or the weight is not copied ahead"
     assert stack == 0, f"{stack} bytes of registers spilled"
-    assert registers <= 255
+    assert blocks_of(registers, variant.config.warps) >= 1
 
 
 def test_sum_and_pack_compile(tmp_path: Path) -> None:
