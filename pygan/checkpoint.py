@@ -12,21 +12,26 @@ import hashlib
 import io
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from pygan import cli
+from pygan.data.arrays import check_room
+from pygan.data.image_list import SIZES
 from pygan.errors import UserError
 from pygan.models import Generator
 from pygan.run_folder import PREVIOUS, RESUME
 
 _METADATA = "pygan"
 _TREE = "run-state-1"
+_ARGUMENTS = {"image_size", "channels", "nz", "ngf"}  # of a DCGAN generator
 
 
 class Damaged(ValueError):
@@ -76,7 +81,7 @@ def _unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         metadata = json.loads(text)
         content, digest = metadata["content"], metadata["digest"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Damaged("its metadata cannot be read") from None
     if _digest(json.dumps(content), tensors) != digest:
         raise Damaged("its digest does not match its content")
@@ -142,9 +147,15 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}); {advice}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {advice}") from None
-    if content is None or content.get("kind") != _TREE:
+    if not isinstance(content, dict) or content.get("kind") != _TREE:
         raise UserError(f"{path} is not the state of a pygan run; {advice}")
-    return _regrow(content["tree"], tensors)
+    try:
+        state = _regrow(content["tree"], tensors)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        state = None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is damaged (its values are in no order); {advice}")
+    return state
 
 
 def read_newest(run: Path) -> tuple[dict[str, Any], str | None]:
@@ -205,6 +216,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if path.suffix == ".safetensors":
             state, about = _unpack(path)
         else:
+            _check_packed(path)
             state, about = torch.load(path, map_location="cpu", weights_only=True), None
     except OSError as error:
         raise UserError(
@@ -220,17 +232,52 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "or a .pth file with a state_dict"
         ) from None
     named = isinstance(state, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+        isinstance(name, str) and isinstance(value, Tensor) and _is_whole(value)
+        for name, value in state.items()
     )
     if not named or not state:
-        raise UserError(f"{path} holds no named tensors; give the file of a network's state_dict")
+        raise UserError(
+            f"{path} holds something else than named tensors; give the file of a network's "
+            "state_dict"
+        )
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state), about or {}
+    return dict(state), about if isinstance(about, dict) else {}
+
+
+def _check_packed(path: Path) -> None:
+    """Raises Damaged for a zip that unpacks to more than memory holds; torch.save packs nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(info.file_size for info in archive.infolist())
+    try:
+        check_room(size)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it is of numbers that are all in the file: a view may repeat few of them without
+    end, and a network of its size would take all memory."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_cpu:
+        return False
+    size = tensor.numel() * tensor.element_size()
+    return not tensor.is_complex() and size <= tensor.untyped_storage().nbytes()
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
     """Copies weights into a module, in place.
+
+    Raises:
+        UserError: names or shapes differ; the first difference is named.
+    """
+    check_fit(module, state, source)
+    module.load_state_dict(dict(state))
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Whether `fill` may copy them.
 
     Raises:
         UserError: names or shapes differ; the first difference is named.
@@ -250,7 +297,6 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> 
                 f"{list(mine[name].shape)}; give the flags (--image-size, --nz, --ngf, --ndf) of "
                 "the network that was saved"
             )
-    module.load_state_dict(dict(state))
 
 
 def _epoch(path: Path) -> int:
@@ -289,7 +335,7 @@ def dcgan_arguments(state: Mapping[str, Tensor]) -> dict[str, int] | None:
     found = {
         int(match[1]): tuple(tensor.shape)
         for name, tensor in state.items()
-        if (match := re.fullmatch(r"main\.(\d+)\.weight", name)) and tensor.dim() == 4
+        if (match := re.fullmatch(r"main\.(\d{1,3})\.weight", name)) and tensor.dim() == 4
     }
     shapes = [found[number] for number in sorted(found)]
     if not 3 <= len(shapes) <= 7 or any(shape[2:] != (4, 4) for shape in shapes):
@@ -315,12 +361,24 @@ def load_generator(source: Path) -> tuple[Generator, dict[str, int]]:
     state, about = read_weights(path)
     arguments = about.get("arguments") if about.get("network") == "dcgan.Generator" else None
     arguments = arguments or dcgan_arguments(state)
-    if arguments is None:
+    if not _are_arguments(arguments):
         raise UserError(
             f"{path} does not hold a DCGAN generator (its first tensors are "
             f"{', '.join(f'{n} {list(t.shape)}' for n, t in list(state.items())[:2])}); give the "
             "weights of netG"
         )
+    # What is in the file has to fit before memory is taken for it.
+    with torch.device("meta"):
+        check_fit(Generator(**arguments), state, path)
     generator = Generator(**arguments)
     fill(generator, state, path)
     return generator, arguments
+
+
+def _are_arguments(arguments: Any) -> TypeGuard[dict[str, int]]:
+    """Whether a DCGAN generator takes them."""
+    if not isinstance(arguments, dict) or arguments.keys() != _ARGUMENTS:
+        return False
+    if not all(type(value) is int and 0 < value <= cli.INT_MAX for value in arguments.values()):
+        return False
+    return arguments["image_size"] in SIZES and arguments["channels"] in (1, 3)

@@ -154,6 +154,11 @@ def run(prog: str, body: Callable[[], int]) -> int:
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
         return say(prog, f"out of memory ({reason}); lower --batch-size or the network widths", 1)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        reason = "torch could not take what it needs"
+        return say(prog, f"out of memory ({reason}); lower --batch-size or the network widths", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return say(prog, f"{where}{error.strerror or error}", 1)

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_origin, get_type_hints
 
 from pygan import cli, losses
 from pygan.augment import POLICIES, checked_policy
 from pygan.data import hub
 from pygan.errors import UserError
 from pygan.models.dcgan import D_NORMS
-from pygan.run_folder import CONFIG
+from pygan.run_folder import CONFIG, damaged_config
 
 PROG: Final = "python -m pygan.train"
 BUILT_IN: Final = ("fashion-mnist", "fake")
@@ -272,17 +272,52 @@ def parse(argv: Sequence[str] | None) -> Request:
 def stored_config(path: Path, stored: dict[str, Any]) -> Config:
     names = {field.name for field in fields(Config)}
     config = stored["config"]
-    if not isinstance(config, dict) or config.keys() != names:
+    if config.keys() != names:
         raise UserError(
             f"{path / CONFIG} was written by another version of pygan; continue the run with that "
             "version, or start a new one"
         )
+    return _checked(path, config)
+
+
+def _checked(path: Path, config: dict[str, Any]) -> Config:
+    """A stored configuration, whose every value a flag could have given.
+
+    Raises:
+        UserError: one could not.
+    """
+    kinds = get_type_hints(Config)
     # JSON knows no tuples.
-    return Config(**{**config, "augment": tuple(config["augment"])})
+    held: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
+    }
+    said = []
+    for name, value in held.items():
+        kind = kinds[name]
+        if get_origin(kind) is tuple:
+            fits = isinstance(value, tuple) and all(isinstance(word, str) for word in value)
+        else:
+            fits = isinstance(value, kind)
+        if not (fits or (isinstance(value, int) and isinstance(0.0, kind))):
+            raise damaged_config(path)
+        if type(value) is bool:
+            said += [_flag(name)] if value else []
+        # As many threads may not be here.
+        elif value not in (None, ()) and name not in ("threads", "data"):
+            said.append(f"{_flag(name)}={','.join(value) if isinstance(value, tuple) else value}")
+    try:
+        _parser().parse_args(said)
+    except UserError as error:
+        raise UserError(f"{damaged_config(path)} ({error})") from None
+    return Config(**held)
+
+
+def _flag(name: str) -> str:
+    return "--" + (name if name.startswith("net") else name.replace("_", "-"))
 
 
 def flag_text(name: str, value: Any) -> str:
-    flag = "--" + (name if name.startswith("net") else name.replace("_", "-"))
+    flag = _flag(name)
     if isinstance(value, bool) or value is None:
         return flag if value else f"no {flag}"
     if isinstance(value, (list, tuple)):

@@ -29,7 +29,7 @@ from pygan.checkpoint import load_generator
 from pygan.errors import UserError
 from pygan.metrics.describe import SPACES, space_of
 from pygan.metrics.quality import SORTED, Quality, Reference
-from pygan.run_folder import QUALITY, check_writable, read_config, replace_file
+from pygan.run_folder import QUALITY, check_writable, damaged_config, read_config, replace_file
 from pygan.sample import generate, latents
 
 PROG = "python -m pygan.evaluate"
@@ -124,7 +124,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     # First what may be wrong with the run, then with its data.
     config = read_config(options.run)["config"]
-    source = config["data"]
+    source, follow_links = config.get("data"), config.get("follow_links", False)
+    if not isinstance(source, str) or not isinstance(follow_links, bool):
+        raise damaged_config(options.run)
     epochs = saved_epochs(options.run)
     chosen = _chosen(epochs, options)
     _, arguments = load_generator(epochs[chosen[0]])
@@ -133,7 +135,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         source,
         image_size=arguments["image_size"],
         channels=arguments["channels"],
-        follow_links=config.get("follow_links", False),
+        follow_links=follow_links,
     ).sample()
     space = space_of(real, options.features)
     reference = Reference(real, space, options.seed)

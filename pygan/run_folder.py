@@ -293,9 +293,10 @@ def _logged_step(line: bytes) -> float:
     if not line.endswith(b"\n"):
         return float("inf")
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
+    return step if isinstance(step, (int, float)) else float("inf")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -316,11 +317,17 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{name} cannot be read ({error.strerror}); check its permissions"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict) or not {"pygan", "config", "data"} <= content.keys():
-        raise UserError(
-            f"{name} is damaged or was not written by pygan.train; restore it from a copy, or "
-            "start a new run"
-        )
+    parts = ("pygan", "config", "data")
+    if not isinstance(content, dict) or any(type(content.get(part)) is not dict for part in parts):
+        raise damaged_config(path)
     return content
+
+
+def damaged_config(path: Path) -> UserError:
+    """What is said of a config.json in the folder `path` that does not hold what it has to."""
+    return UserError(
+        f"{path / CONFIG} is damaged or was not written by pygan.train; restore it from a copy, or "
+        "start a new run"
+    )

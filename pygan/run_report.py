@@ -23,7 +23,15 @@ from pygan import cli, evaluate
 from pygan.config import Config, flag_text
 from pygan.errors import UserError
 from pygan.metrics.quality import Quality
-from pygan.run_folder import LOG, QUALITY, REPORT, check_writable, read_config, replace_file
+from pygan.run_folder import (
+    LOG,
+    QUALITY,
+    REPORT,
+    check_writable,
+    damaged_config,
+    read_config,
+    replace_file,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
 PROG = "python -m pygan.run_report"
 PICTURES = 12  # of samples, at most
 POINTS = 2000  # of a line, at most
+_LARGEST = 1e300
 COLOURS = {"error": "#D55E00", "warning": "#E69F00", "note": "#999999"}
 CURVES = {
     "loss": {"loss_d": "Loss_D", "loss_g": "Loss_G"},
@@ -70,20 +79,23 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         for line in path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 rows.append(row)
     return rows
 
 
-def _numbers(row: Mapping[str, Any], *names: str) -> bool:
-    """Whether the row has them all, as numbers."""
-    return all(isinstance(row.get(name), (int, float)) for name in names)
+def _numbers(row: Mapping[Any, Any], *names: Any) -> bool:
+    """Whether the row has them all, as numbers that can be drawn."""
+    found = [row.get(name) for name in names]
+    return all(isinstance(value, (int, float)) and not abs(value) > _LARGEST for value in found)
 
 
 def _finding(row: Mapping[str, Any]) -> bool:
-    return _numbers(row, "step") and row.get("severity") in COLOURS and "text" in row
+    severity = row.get("severity")
+    known = isinstance(severity, str) and severity in COLOURS
+    return known and _numbers(row, "step") and "text" in row
 
 
 def _measured(row: Mapping[str, Any]) -> bool:
@@ -94,7 +106,7 @@ def _measured(row: Mapping[str, Any]) -> bool:
     return (
         texts
         and isinstance(shares, list)
-        and all(isinstance(share, (int, float)) for share in shares)
+        and _numbers(dict(enumerate(shares)), *range(len(shares)))
         and _numbers(row, "epoch", "samples", "seed", "distance_of_halves", *single)
     )
 
@@ -230,6 +242,8 @@ def page(run: Path) -> str:
         UserError: there is no run in it, or a file of it cannot be read.
     """
     stored = read_config(run)
+    if not _numbers(stored["config"], "batch_size") or not _numbers(stored["data"], "images"):
+        raise damaged_config(run)
     try:
         logged = _json_lines(run / LOG)
         measured = list(filter(_measured, _json_lines(run / QUALITY)))
@@ -269,7 +283,7 @@ def page(run: Path) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(name)} – pygan</title><style>{STYLE}</style></head>\n"
         f'<body><h1>{_text(name)}</h1><p class="lead">{stored["data"]["images"]:,} images of '
-        f'{_text(stored["config"]["data"])}</p><div class="figures">{boxes}</div>\n'
+        f'{_text(stored["config"].get("data"))}</p><div class="figures">{boxes}</div>\n'
         f"{sections}\n</body></html>\n"
     )
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import pygan
 from pygan import cli
 from pygan.checkpoint import load_generator
+from pygan.data import memory
 from pygan.errors import UserError
 from pygan.run_folder import check_writable, full, replace_file, sync_folder
 
@@ -124,6 +125,23 @@ def encode(image: np.ndarray, suffix: str = ".png") -> bytes:
     return data.getvalue()
 
 
+def _encoded(picture: np.ndarray, path: Path) -> bytes:
+    """As a file of that name.
+
+    Raises:
+        UserError: its format does not take such a picture.
+    """
+    try:
+        return encode(picture, path.suffix.lower())
+    except Exception as error:
+        # Pillow's writers raise nearly anything for a size or a colour that they do not know.
+        height, width = picture.shape[:2]
+        raise UserError(
+            f"{path.suffix} does not take a picture of {width} x {height} ({error}); give a .png, "
+            "a folder or a .npy as --out, or fewer images"
+        ) from None
+
+
 def _write_folder(path: Path, batches: Iterable[np.ndarray]) -> None:
     """000000.png … in a folder that appears only when it is complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -159,7 +177,8 @@ def _check_output(path: Path, *, folder: bool) -> None:
         raise UserError(f"the folder {path} is not empty; empty it, or give another --out")
     if folder and path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder; give another --out")
-    if not folder and path.suffix.lower() not in (".npy", *Image.registered_extensions()):
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if not folder and path.suffix.lower() != ".npy" and kind not in Image.SAVE:
         raise UserError(
             f"--out {path} has a suffix no picture format has; give .png, .jpg, .webp or .npy, or "
             "a folder"
@@ -183,6 +202,17 @@ def _parser() -> cli.Parser:
     return parser
 
 
+def _check_memory(count: int, nz: int, pixels: int) -> None:
+    """Raises UserError for latents and pixels of images, both held twice, that are sure not to
+    fit."""
+    free, needed = memory.available(), 2 * count * (4 * nz + pixels)
+    if free is not None and needed > free:
+        raise UserError(
+            f"{count:,} images need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB "
+            "are free; lower --number or --batch-size, or draw several times with other seeds"
+        )
+
+
 def _batches(
     generator: nn.Module, z: Tensor, count: int, batch_size: int, bn: str, device: torch.device
 ) -> Iterator[np.ndarray]:
@@ -203,6 +233,8 @@ def _sample(argv: list[str] | None) -> int:
     drawn = options.number
     if options.bn == "batch":
         drawn = -(-drawn // options.batch_size) * options.batch_size
+    kept = folder or out.suffix.lower() == ".npy"  # one batch at a time
+    _check_memory(drawn, arguments["nz"], 0 if kept else size * size * arguments["channels"])
     draw = interpolations if options.interpolate else latents
     z = draw(drawn, arguments["nz"], options.seed)
     generator.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -217,7 +249,7 @@ def _sample(argv: list[str] | None) -> int:
             replace_file(out, _npy_writer(shape, batches))
         else:
             picture = grid(np.concatenate(list(batches)))
-            replace_file(out, encode(picture, out.suffix.lower()))
+            replace_file(out, _encoded(picture, out))
     except OSError as error:
         kind = cli.Failure if full(error) else UserError
         raise kind(

@@ -204,6 +204,19 @@ def _check_state(state: dict[str, Any], config: Config, path: Path) -> None:
         )
 
 
+def _restore(training: Training, state: dict[str, Any], path: Path) -> None:
+    try:
+        training.restore(state)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # Whole, but written by something else: any part may lack or be of another kind.
+        raise UserError(
+            f"{path / RESUME} is not of this version of pygan ({type(error).__name__} at its "
+            "content); continue the run with the version that wrote it, or start a new one"
+        ) from error
+
+
 def _resumed(request: Request, here: World) -> Run:
     path = Path(request.resume or "")
     path = path.parent if path.name == RESUME else path
@@ -233,7 +246,7 @@ def _resumed(request: Request, here: World) -> Run:
             here.say(warning)
         _check_state(state, config, path)
         training = Training(config, images, networks, folder, device, here)
-        training.restore(state)
+        _restore(training, state, path)
         if config != started:
             _write_config(folder, config, images)
         if training.step < training.total:

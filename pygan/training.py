@@ -441,6 +441,8 @@ class Training:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from what `state` returned."""
+        if type(state["position"]) is not int or not 0 <= state["position"] <= self.total:
+            raise ValueError("its position is outside the run")
         self.networks.restore(state["networks"])
         self.step = self.saved = state["position"]
         self.seconds = state["seconds"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gzip
+import io
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ import torch
 from PIL import Image
 from training import ROOT, TINY, numbers, resume, start, train, weights
 
-from pygan import checkpoint, run_folder
+from pygan import checkpoint, cli, run_folder
 from pygan.run_folder import RunFolder
 from pygan.train import main
 
@@ -146,6 +147,18 @@ def _bomb(path: Path) -> None:
     (path / "a.png").write_bytes(data)
 
 
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
+def _packed(path: Path, name: str, content: bytes) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+
+
 def _corrupt_zip(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.png", bytes(3000))
@@ -171,6 +184,8 @@ DATA: dict[str, Callable[[Path], object]] = {
         path.write_bytes(path.read_bytes()[:-100]),
     ),
     "bomb": _bomb,
+    "bomb.npy": lambda path: path.write_bytes(_npy_header((10**15, 32, 32))),
+    "bomb.npz": lambda path: _packed(path, "images.npy", _npy_header((10**15, 32, 32))),
     "text.txt": lambda path: path.write_text("hello"),
     "links_out": lambda path: (path.mkdir(), (path / "a.png").symlink_to(__file__)),
 }
@@ -312,6 +327,31 @@ def _truncated(run: Path) -> None:
     (run / "resume.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def _with(**changed: object) -> Callable[[Path], object]:
+    """config.json with other values of the run's settings."""
+
+    def spoil(run: Path) -> None:
+        content = json.loads((run / "config.json").read_text())
+        content["config"] |= changed
+        (run / "config.json").write_text(json.dumps(content))
+
+    return spoil
+
+
+def _state_with(**changed: object) -> Callable[[Path], object]:
+    """A checkpoint that is whole, and holds other values."""
+
+    def spoil(run: Path) -> None:
+        state = checkpoint.read_state(run / "resume.safetensors") | changed
+        (run / "resume.safetensors").write_bytes(checkpoint.pack_state(state))
+
+    return spoil
+
+
+def _tree_of(content: object) -> Callable[[Path], object]:
+    return lambda run: (run / "resume.safetensors").write_bytes(checkpoint._pack({}, content))
+
+
 def _configuration_of(content: object) -> Callable[[Path], object]:
     return lambda run: (run / "config.json").write_text(json.dumps(content))
 
@@ -334,6 +374,22 @@ def _configuration_of(content: object) -> Callable[[Path], object]:
         (lambda run: (run / "config.json").write_text("{"), "config.json is damaged"),
         (_configuration_of([]), "was not written by pygan.train"),
         (_configuration_of({"pygan": {}, "config": {"lr": 1}, "data": {}}), "another version"),
+        (_configuration_of({"pygan": [], "config": {}, "data": {}}), "was not written by"),
+        (lambda run: (run / "config.json").write_text("[" * 10**5), "config.json is damaged"),
+        (_with(batch_size="8"), "config.json is damaged"),
+        (_with(batch_size=0), "--batch-size: 0 is out of range"),
+        (_with(nz=True), "config.json is damaged"),
+        (_with(augment=["blur"]), "augmentation 'blur' is not known"),
+        (_with(lr=float("nan")), "--lr: nan is out of range"),
+        (_with(monitor=None), "config.json is damaged"),
+        (_state_with(position=-1), "is not of this version of pygan (ValueError"),
+        (_state_with(position="2"), "is not of this version of pygan (ValueError"),
+        (_state_with(networks={}), "is not of this version of pygan (KeyError"),
+        (_state_with(sums=torch.ones(3)), "is not of this version of pygan (RuntimeError"),
+        (_tree_of({"kind": checkpoint._TREE, "tree": {"dict": 3}}), "values are in no order"),
+        (_tree_of({"kind": checkpoint._TREE, "tree": {"tensor": "0"}}), "values are in no order"),
+        (_tree_of({"kind": checkpoint._TREE}), "values are in no order"),
+        (_tree_of([]), "is not the state of a pygan run"),
     ],
 )
 def test_resume_from_files_that_are_not_whole(
@@ -518,3 +574,22 @@ def test_the_lock_outlives_nothing(tmp_path: Path) -> None:
         pass
     with RunFolder.create(tmp_path / "run", overwrite=False):
         pass
+
+
+@pytest.mark.parametrize("line", ['{"step": "x"}', '{"step": null}', "[" * 10**5, "3", "[1]"])
+def test_a_log_with_a_strange_line_goes_on(run: Path, line: str) -> None:
+    with open(run / "log.jsonl", "a") as log:
+        log.write(line + "\n")
+    assert resume(run, "--steps=3") == 0
+    assert [row["step"] for row in numbers(run)][-1] == 3
+
+
+def test_memory_that_torch_cannot_take_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def body() -> int:
+        torch.empty(2**60)
+        return 0
+
+    assert cli.run("python -m pygan.train", body) == 1
+    assert "out of memory" in sentence(capsys)
+    with pytest.raises(RuntimeError, match="shape"):
+        cli.run("python -m pygan.train", lambda: len(torch.ones(3).view(2)))

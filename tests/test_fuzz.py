@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
-from fuzz import OPERATIONS, READERS, Reader, call_many, read_many
+from fuzz import COMMANDS, OPERATIONS, READERS, Reader, call_many, command_many, read_many
 
+from pygan import functional
 from pygan.errors import UserError
 
 
@@ -21,9 +22,23 @@ def test_readers(reader: Reader) -> None:
     assert found.examples >= 0.8 * reader.examples
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands(name: str) -> None:
+    found = command_many(name)
+    assert 0 < found.refused < found.examples
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations(name: str) -> None:
-    assert call_many(name).examples >= 50
+    found = call_many(name)
+    assert found.examples >= 50
+    # One that takes nothing is not looked at.
+    assert found.refused < found.examples
+
+
+def test_every_public_operation_is_a_target() -> None:
+    public = set(functional.__all__) - {"GanLoss"}
+    assert public <= OPERATIONS.keys()
 
 
 def test_a_reader_that_fails_is_found() -> None:

@@ -80,6 +80,32 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert "Not measured yet" in page
 
 
+@pytest.mark.parametrize(
+    "changed", [{"config": {}}, {"data": {}}, {"data": {"images": "5"}}, {"config": [1]}]
+)
+def test_a_damaged_configuration_is_a_sentence(
+    run: Path, tmp_path: Path, changed: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((run / "config.json").read_text()) | changed
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert run_report.main([str(tmp_path)]) == 2
+    assert "config.json is damaged" in capsys.readouterr().err
+    if "config" in changed:
+        assert evaluate.main([str(tmp_path)]) == 2
+        assert "config.json is damaged" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_drawn_are_left_out(run: Path, tmp_path: Path) -> None:
+    for name in ("config.json", LOG):
+        shutil.copy(run / name, tmp_path)
+    page = run_report.page(tmp_path)
+    with open(tmp_path / LOG, "a") as log:
+        row = json.loads((run / LOG).read_text().splitlines()[0])
+        log.write(json.dumps(row | {"step": 10**400}) + "\n" + "[" * 10**5 + "\n")
+        log.write(json.dumps({"step": 1, "severity": ["error"], "text": "x"}) + "\n")
+    assert run_report.page(tmp_path) == page
+
+
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "page.html"
     assert run_report.main([str(run), "--out", str(out)]) == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -206,6 +208,19 @@ def test_a_failure_half_way_leaves_nothing(
         ("text.safetensors", "", "is damaged or holds more than weights"),
         ("pickle.pth", "", "is damaged or holds more than weights"),
         ("netD.pth", "", "does not hold a DCGAN generator (its first tensors are main.0.weight"),
+        ("code.pth", "", "is damaged or holds more than weights"),
+        ("packed.pth", "", "it unpacks to"),
+        ("endless.pth", "", "holds something else than named tensors"),
+        ("sparse.pth", "", "holds something else than named tensors"),
+        ("empty.pth", "", "does not hold a DCGAN generator"),
+        ("number.pth", "", "does not hold a DCGAN generator"),
+        ("huge.safetensors", "", "has main.0.weight of shape [4, 4, 4, 4], but this network"),
+        ("strange.safetensors", "", "does not hold a DCGAN generator"),
+        ("netG.pth", "-n 2147483647", "2,147,483,647 images need"),
+        ("netG.pth", "-n 1 --batch-size 2147483647 --bn batch", "GiB are free"),
+        ("netG.pth", "--out a.psd", "has a suffix no picture format has"),
+        ("netG.pth", "--out a.xbm", ".xbm does not take a picture of"),
+        ("netG.pth", "-n 8000 --out a.webp", ".webp does not take a picture of 146 x 18002"),
         ("netG.pth", "-n 0", "-n: 0 is out of range"),
         ("netG.pth", "--seed -1", "--seed: -1 is out of range"),
         ("netG.pth", "--bn train", "--bn: invalid choice"),
@@ -233,6 +248,24 @@ def test_mistakes(
     for name in ("text.pth", "text.safetensors"):
         Path(name).write_text("hello")
     torch.save({"path": Path("x")}, "pickle.pth")
+    torch.save({"main.0.weight": Program()}, "code.pth")
+    with zipfile.ZipFile("packed.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data.pkl", bytes(1 << 20))
+        declared = archive.infolist()[0]
+        declared.file_size = 2**50
+    weights = Generator(16, 1, 4, 2).state_dict()
+    first = weights["main.0.weight"]
+    for name, tensor in {
+        "endless": torch.ones(1).expand(10**9, *first.shape[1:]),
+        "sparse": first.to_sparse(),
+        "empty": first[:0],
+    }.items():
+        torch.save({**weights, "main.0.weight": tensor}, f"{name}.pth")
+    torch.save({f"main.{'9' * 5000}.weight": first}, "number.pth")
+    for name, nz in {"huge": 10**9, "strange": "4"}.items():
+        arguments = {"image_size": 16, "channels": 1, "nz": nz, "ngf": 2}
+        about = {"kind": "weights", "network": "dcgan.Generator", "arguments": arguments}
+        Path(f"{name}.safetensors").write_bytes(checkpoint._pack(weights, about))
     torch.save(Discriminator(16, 1, 4).state_dict(), "netD.pth")
     torch.save(Generator(16, 1, 4, 2).state_dict(), "netG.pth")
     before = sorted(tmp_path.rglob("*"))
@@ -242,6 +275,13 @@ def test_mistakes(
     assert error.startswith("python -m pygan.sample: error: ")
     assert said in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+class Program:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("made",)
 
 
 def test_weights_with_a_flipped_bit_are_refused(

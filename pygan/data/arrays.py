@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pygan.data import memory
 from pygan.data.image_list import DEFAULT_SIZE, SIZES, ImageList, Numbered
 from pygan.errors import UserError
 
@@ -61,6 +62,7 @@ def open_npz(path: Path) -> ImageList:
     train_labels), or else the only array of three or four dimensions (with labels).
     """
     with _whole(path, ".npz archive"), np.load(path, allow_pickle=False) as archive:
+        check_room(sum(info.file_size for info in archive.zip.infolist()))
         name = next((name for name in _NPZ_NAMES if name in archive.files), None)
         if name is None:
             stacks = [name for name in archive.files if np.ndim(archive[name]) in (3, 4)]
@@ -109,12 +111,21 @@ def _read_idx(path: Path) -> np.ndarray:
             shape = tuple(int(n) for n in np.frombuffer(lengths, ">u4"))
             size = math.prod(shape)
             room = path.stat().st_size * (_DEFLATE_RATIO if packed else 1)
+            if packed:
+                check_room(min(size, room))
             data = file.read(size) if size <= room else b""
             if len(data) < size:
                 raise ValueError(f"it is truncated: its header promises {size:,} bytes of data")
             if file.read(1):
                 raise ValueError(f"more follows the {size:,} bytes that its header promises")
     return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def check_room(size: int) -> None:
+    """Raises ValueError where a file unpacks to more bytes than memory holds."""
+    free = memory.available()
+    if free is not None and size > free:
+        raise ValueError(f"it unpacks to {size:,} bytes, and {free:,} are free")
 
 
 def _channels_last(images: np.ndarray, name: str) -> np.ndarray:

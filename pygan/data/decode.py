@@ -8,6 +8,8 @@ the first frame is taken. ICC profiles are ignored.
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import BinaryIO
 
 import numpy as np
@@ -25,6 +27,16 @@ _UPRIGHT = {
 }
 
 
+_PIXEL_BYTES = 4  # Pillow's, of a colour
+_LARGE = 1 << 27  # bytes; of such images memory might not hold one for each core
+_one_large = threading.RLock()
+
+
+def alone(size: int) -> AbstractContextManager[object]:
+    """Inside, no other thread handles a large image if ``size`` bytes are one."""
+    return _one_large if size > _LARGE else nullcontext()
+
+
 def read(stream: BinaryIO, size: int) -> Image.Image:
     """Decode one image, upright and in mode "L" or "RGB", ready for `fit`.
 
@@ -36,10 +48,11 @@ def read(stream: BinaryIO, size: int) -> Image.Image:
             # Pillow would start Ghostscript on the file: data must not run a program.
             raise ValueError("PostScript is a program, not an image, and is not run")
         image.draft(None, (2 * size, 2 * size))
-        image.load()
-        upright = _UPRIGHT.get(_orientation(image))
-        pixels = _to_eight_bits(image)
-        return pixels if upright is None else pixels.transpose(upright)
+        with alone(_PIXEL_BYTES * image.width * image.height):
+            image.load()
+            upright = _UPRIGHT.get(_orientation(image))
+            pixels = _to_eight_bits(image)
+            return pixels if upright is None else pixels.transpose(upright)
 
 
 def fit(image: Image.Image, size: int, channels: int | None = None) -> np.ndarray:

@@ -223,7 +223,8 @@ def open_zip(path: Path) -> ImageList:
     def read(i: int, size: int) -> Image.Image | None:
         if members[i].file_size > _LARGEST_MEMBER:
             raise ValueError(f"declares {members[i].file_size:,} bytes")
-        return _read(BytesIO(archive.read(members[i])), names[i], size)
+        with decode.alone(members[i].file_size):
+            return _read(BytesIO(archive.read(members[i])), names[i], size)
 
     inner = _without_common_folder(names)
     classes = sorted({name.split("/")[0] for name in inner if "/" in name})

@@ -99,7 +99,7 @@ class Tuner:
                 raise ValueError("its checksum is wrong")
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("the measured choices in %s are damaged (%s) and ignored", self.path, error)
             return {}
         return dict(choices)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pygan import data
+from pygan.errors import UserError
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -113,3 +114,18 @@ def test_kinds_are_known_by_content_where_the_name_says_nothing(tmp_path: Path) 
     np.save(tmp_path / "a.npy", images)
     (tmp_path / "a.npy").rename(tmp_path / "b")
     np.testing.assert_array_equal(data.load(tmp_path / "b").images[..., 0], images)
+
+
+@pytest.mark.parametrize("name", ["bomb.npz", "bomb-idx3-ubyte.gz"])
+def test_what_unpacks_to_more_than_there_is_memory_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, path = np.zeros((64, 256, 256), np.uint8), tmp_path / name
+    if name.endswith(".npz"):
+        np.savez_compressed(path, images=images)
+    else:
+        path.write_bytes(gzip.compress(idx(images)))
+    assert path.stat().st_size < images.nbytes / 100
+    monkeypatch.setattr("pygan.data.memory.available", lambda: images.nbytes // 2)
+    with pytest.raises(UserError, match=r"it unpacks to 4,194,\d+ bytes, and 2,097,152 are free"):
+        data.load(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pygan import data
+from pygan.data import decode
 from pygan.errors import UserError
 
 
@@ -241,6 +243,39 @@ def test_broken_members_of_a_zip_are_skipped(
     assert values(images) == [5]
     reasons = dict(images.skipped)
     assert "Bad CRC-32" in reasons["flipped.png"] and "declares" in reasons["large.png"]
+
+
+@pytest.mark.parametrize("packed_in_zip", [False, True])
+def test_of_large_images_one_is_decoded_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed_in_zip: bool
+) -> None:
+    source, inside, most = tmp_path / "photos", 0, 0
+    for i in range(80):
+        picture(source / f"{i:02}.png", i)
+    if packed_in_zip:
+        with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+            for path in sorted(source.iterdir()):
+                archive.write(path, path.name)
+        source = tmp_path / "photos.zip"
+    convert = decode._to_eight_bits
+
+    def noted(image: Image.Image) -> Image.Image:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.001)
+        try:
+            return convert(image)
+        finally:
+            inside -= 1
+
+    monkeypatch.setattr(decode, "_to_eight_bits", noted)
+    assert values(data.load(source, image_size=16, workers=4)) == list(range(80))
+    assert most > 1
+    most = 0
+    monkeypatch.setattr(decode, "_LARGE", 20 * 20 * 4 - 1)
+    assert values(data.load(source, image_size=32, workers=4)) == list(range(80))
+    assert most == 1
 
 
 def test_progress_can_be_silenced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
