@@ -13,6 +13,7 @@ import copy
 import gzip
 import io
 import json
+import logging
 import os
 import resource
 import shutil
@@ -22,7 +23,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -650,12 +651,31 @@ def _until(seconds: float, run: Callable[[int], Outcome]) -> Outcome:
     return total
 
 
+_HEAD = (
+    "# Files and arguments drawn to do harm",
+    "",
+    "None crashed, hung, or raised anything but what it should; memory grew by less than "
+    f"{MOST_BYTES >> 20} MiB. `python tests/fuzz.py`",
+    "",
+    "| target | examples | refused | minutes |",
+    "|---|---:|---:|---:|",
+)
+
+
+def _kept(path: Path | None, targets: Iterable[str]) -> dict[str, str]:
+    """The rows of earlier runs in the table."""
+    if path is None or not path.exists():
+        return {}
+    lines = path.read_text().splitlines()
+    return {name: line for name in targets for line in lines if line.startswith(f"| {name} | ")}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints and writes the table; the exit status."""
+    """Prints each row and writes the table; rows of other targets that it holds stay."""
     parser = argparse.ArgumentParser(description="Drawn files and arguments.")
     parser.add_argument("--minutes", type=float, default=10.0, help="of each target")
     parser.add_argument("--only", nargs="*", help="names of targets")
-    parser.add_argument("--out", type=Path, metavar="FILE.md")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="may hold other targets")
     options: Any = parser.parse_args(arguments)
     targets: dict[str, Callable[[int], Outcome]] = {
         f"reader of {reader.name}": lambda n, reader=reader: read_many(
@@ -665,30 +685,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     targets |= {name: lambda n, name=name: command_many(name, 100, n) for name in COMMANDS}
     targets |= {name: lambda n, name=name: call_many(name, 500, n) for name in OPERATIONS}
-    lines = ["| target | examples | refused | minutes |", "|---|---:|---:|---:|"]
+    rows = _kept(options.out, targets)
     for name, run in targets.items():
         if options.only and not any(word in name for word in options.only):
             continue
         found = _until(60 * options.minutes, run)
-        row = f"| {name} | {found.examples:,} | {found.refused:,} | {found.seconds / 60:.1f} |"
-        print(row, flush=True)
-        lines.append(row)
-    if options.out:
-        text = [
-            "# Files and arguments drawn to do harm",
-            "",
-            "None crashed, hung, or raised anything but what it should; memory grew by less than "
-            f"{MOST_BYTES >> 20} MiB.",
-            "",
-            *lines,
-            "",
-            f"`python tests/fuzz.py --minutes {options.minutes:g}`",
-            "",
-        ]
-        options.out.write_text("\n".join(text))
+        rows[name] = (
+            f"| {name} | {found.examples:,} | {found.refused:,} | {found.seconds / 60:.1f} |"
+        )
+        print(rows[name], flush=True)
+        if options.out:
+            table = [rows[name] for name in targets if name in rows]
+            options.out.write_text("\n".join((*_HEAD, *table, "")))
     return 0
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    logging.disable()  # every image that is not whole is named
     sys.exit(main())

@@ -434,8 +434,8 @@ def test_resume_with_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({}, "holds no named tensors"),
-        ({"a": 1}, "holds no named tensors"),
+        ({}, "holds something else than named tensors"),
+        ({"a": 1}, "holds something else than named tensors"),
         ({"main.0.weight": torch.zeros(8, 32, 4, 4)}, "but this network needs [8, 16, 4, 4]"),
         ({"other": torch.zeros(1)}, "lacks main.0.weight"),
         (Path("x"), "is damaged or holds more than weights"),
