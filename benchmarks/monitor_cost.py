@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import command, machine
+from benchmarks import command, machine, summary
 from benchmarks.measure import QUICK, Call, interleave
 from benchmarks.ratio import speed_ratio
 from pygan import cli
@@ -83,13 +83,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> Iterator[str]:
     """One line."""
-    extra, rounds = result["extra"], len(result["seconds"][WITH])
-    yield (
-        f"the monitor adds {extra['median']:.2%} ({extra['low']:.2%} to {extra['high']:.2%}) to "
-        f"the time of training, {rounds} rounds of {result['steps']} steps"
-    )
+    yield _sentence(result)
     if result["quick"]:
         yield "--quick: too few steps to quote."
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    extra, rounds = result["extra"], len(result["seconds"][WITH])
+    return (
+        f"The monitor adds {extra['median']:.2%} ({extra['low']:.2%} to {extra['high']:.2%}) to "
+        f"the time of the default run's steps: {rounds} rounds of {result['steps']} steps."
+    )
+
+
+def page(result: dict[str, Any]) -> list[str]:
+    """Markdown of the figure and of what it is of."""
+    return [f"{_sentence(result)} {summary.machine_line(result)}: `{result['command']}`.", ""]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,8 +8,8 @@ side of the step; ``--all`` adds the single operations.
 it the table of the convolutions by layer and the pictures of `benchmarks.pictures`.
 
 RESULT.json is what ``pytest benchmarks --benchmark-only --benchmark-json RESULT.json`` wrote, or
-``--out RESULT.json`` of ``python -m benchmarks.scaling``, ``profile_step`` and ``tricks``, which
-are drawn and written out, and of ``cost``. Of several results the later one has the word about a
+the JSON of ``python -m benchmarks.scaling``, ``profile_step``, ``tricks``, ``every_network``,
+``cost`` and ``monitor_cost``. Of several results the later one has the word about a
 case that both hold.
 """
 
@@ -22,7 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import cost, profile_step, scaling, summary, targets, tricks
+from benchmarks import (
+    cost,
+    every_network,
+    monitor_cost,
+    profile_step,
+    scaling,
+    summary,
+    targets,
+    tricks,
+)
 from benchmarks.pictures import draw
 from pygan import cli
 from pygan.errors import UserError
@@ -260,6 +269,8 @@ class Others(NamedTuple):
     profile: list[dict[str, Any]]
     cost: list[dict[str, Any]]
     tricks: list[dict[str, Any]]
+    networks: list[dict[str, Any]]
+    monitor: list[dict[str, Any]]
 
     def pages(self) -> dict[str, list[str]]:
         """Markdown by the name of its file."""
@@ -267,6 +278,7 @@ class Others(NamedTuple):
             "scaling.md": [line for each in self.scaling for line in scaling.report(each)],
             "profile.md": [line for each in self.profile for line in profile_step.page(each)],
             "tricks.md": [line for each in self.tricks for line in tricks.page(each)],
+            "networks.md": [line for each in self.networks for line in every_network.page(each)],
         }
         return {name: lines for name, lines in found.items() if lines}
 
@@ -306,6 +318,7 @@ def _report(arguments: Sequence[str] | None) -> int:
         raise UserError(f"none of the results holds the tables' records; {ADVICE} as well")
     result = joined(timed)
     costs = [line for each in others.cost for line in cost.page(each)]
+    costs += [line for each in others.monitor for line in monitor_cost.page(each)]
     text = tables(result, headline_only=not options.all, costs=costs)
     if options.out:
         kept = keep(result, options.out)

@@ -59,8 +59,9 @@ def test_the_command(
 
     monkeypatch.setattr(monitor_cost, "compare", compare)
     assert monitor_cost.main(["--rounds=9", f"--json={tmp_path / 'a.json'}"]) == 0
-    assert "adds 0.40% (0.10% to 1.20%) to the time of training, 9 rounds of 100 steps" in (
-        capsys.readouterr().out
-    )
-    assert json.loads((tmp_path / "a.json").read_text())["extra"]["high"] == 0.012
+    said = "adds 0.40% (0.10% to 1.20%) to the time of the default run's steps: 9 rounds of 100"
+    assert said in capsys.readouterr().out
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["extra"]["high"] == 0.012
+    assert said in monitor_cost.page(result)[0]
     assert monitor_cost.main(["--rounds=0"]) == 2

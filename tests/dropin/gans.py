@@ -8,8 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from networks import conditional, dcgan, residual, sound, stackgan, translation, volumes, wgan
 from torch import Tensor, nn
+
+from benchmarks.published import (
+    conditional,
+    dcgan,
+    residual,
+    sound,
+    stackgan,
+    translation,
+    volumes,
+    wgan,
+)
 
 BATCH = 4
 Sample = dict[str, tuple[Tensor, ...]]

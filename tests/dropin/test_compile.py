@@ -24,12 +24,16 @@ from compare import (
     strides,
 )
 from gans import GANS
-from networks.dcgan import AttributeGenerator, SequentialDiscriminator, SequentialGenerator
 from test_hazards import SHORTCUTS, Form, image
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import pygan
+from benchmarks.published.dcgan import (
+    AttributeGenerator,
+    SequentialDiscriminator,
+    SequentialGenerator,
+)
 from pygan.ops import strided_conv
 
 OPERATIONS = {

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import Draw, assert_agree, assert_near, buffers, build, gradients, pair_of
-from networks.dcgan import SequentialDiscriminator, weights_init
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pygan
+from benchmarks.published.dcgan import SequentialDiscriminator, weights_init
 
 
 class Block(nn.Module):

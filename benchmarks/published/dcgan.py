@@ -110,32 +110,32 @@ class AttributeDiscriminator(nn.Module):
 class UpsampleGenerator(nn.Module):
     """Batch norm whose second argument, meant as a momentum, is its eps."""
 
-    def __init__(self, latent_dim: int = 10, size: int = 16, channels: int = 1) -> None:
+    def __init__(self, latent_dim: int = 10, size: int = 16, channels: int = 1, d: int = 8) -> None:
         super().__init__()
-        self.init_size = size // 4
-        self.l1 = nn.Sequential(nn.Linear(latent_dim, 16 * self.init_size**2))
+        self.d, self.init_size = d, size // 4
+        self.l1 = nn.Sequential(nn.Linear(latent_dim, 2 * d * self.init_size**2))
         self.conv_blocks = nn.Sequential(
-            nn.BatchNorm2d(16),
+            nn.BatchNorm2d(2 * d),
             nn.Upsample(scale_factor=2),
-            nn.Conv2d(16, 16, 3, stride=1, padding=1),
-            nn.BatchNorm2d(16, 0.8),
+            nn.Conv2d(2 * d, 2 * d, 3, stride=1, padding=1),
+            nn.BatchNorm2d(2 * d, 0.8),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Upsample(scale_factor=2),
-            nn.Conv2d(16, 8, 3, stride=1, padding=1),
-            nn.BatchNorm2d(8, 0.8),
+            nn.Conv2d(2 * d, d, 3, stride=1, padding=1),
+            nn.BatchNorm2d(d, 0.8),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(8, channels, 3, stride=1, padding=1),
+            nn.Conv2d(d, channels, 3, stride=1, padding=1),
             nn.Tanh(),
         )
 
     def forward(self, z: Tensor) -> Tensor:
         out = self.l1(z)
-        out = out.view(out.shape[0], 16, self.init_size, self.init_size)
+        out = out.view(out.shape[0], 2 * self.d, self.init_size, self.init_size)
         return self.conv_blocks(out)
 
 
 class DropoutDiscriminator(nn.Module):
-    def __init__(self, size: int = 16, channels: int = 1) -> None:
+    def __init__(self, size: int = 16, channels: int = 1, d: int = 8) -> None:
         super().__init__()
 
         def block(cin: int, cout: int, bn: bool = True) -> list[nn.Module]:
@@ -148,8 +148,10 @@ class DropoutDiscriminator(nn.Module):
                 layers.append(nn.BatchNorm2d(cout, 0.8))
             return layers
 
-        self.model = nn.Sequential(*block(channels, 8, bn=False), *block(8, 16), *block(16, 16))
-        self.adv_layer = nn.Sequential(nn.Linear(16 * (size // 8) ** 2, 1), nn.Sigmoid())
+        self.model = nn.Sequential(
+            *block(channels, d, bn=False), *block(d, 2 * d), *block(2 * d, 2 * d)
+        )
+        self.adv_layer = nn.Sequential(nn.Linear(2 * d * (size // 8) ** 2, 1), nn.Sigmoid())
 
     def forward(self, img: Tensor) -> Tensor:
         out = self.model(img)

@@ -10,16 +10,16 @@ CLASSES = 5
 
 
 class ConditionalGenerator(nn.Module):
-    def __init__(self, nz: int = 10) -> None:
+    def __init__(self, nz: int = 10, width: int = 16) -> None:
         super().__init__()
         self.label_emb = nn.Embedding(CLASSES, CLASSES)
         self.model = nn.Sequential(
-            nn.Linear(nz + CLASSES, 16),
+            nn.Linear(nz + CLASSES, width),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Linear(16, 32),
-            nn.BatchNorm1d(32, 0.8),
+            nn.Linear(width, 2 * width),
+            nn.BatchNorm1d(2 * width, 0.8),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Linear(32, 64),
+            nn.Linear(2 * width, 64),
             nn.Tanh(),
         )
 
@@ -29,16 +29,16 @@ class ConditionalGenerator(nn.Module):
 
 
 class ConditionalDiscriminator(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.label_embedding = nn.Embedding(CLASSES, CLASSES)
         self.model = nn.Sequential(
-            nn.Linear(CLASSES + 64, 32),
+            nn.Linear(CLASSES + 64, width),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Linear(32, 32),
+            nn.Linear(width, width),
             nn.Dropout(0.4),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Linear(32, 1),
+            nn.Linear(width, 1),
         )
 
     def forward(self, img: Tensor, labels: Tensor) -> Tensor:
@@ -90,42 +90,43 @@ class ConvConditionalDiscriminator(nn.Module):
 class ClassifierGenerator(nn.Module):
     """The latent is multiplied by an embedding of the label."""
 
-    def __init__(self, nz: int = 10) -> None:
+    def __init__(self, nz: int = 10, d: int = 8) -> None:
         super().__init__()
+        self.d = d
         self.label_emb = nn.Embedding(CLASSES, nz)
-        self.l1 = nn.Sequential(nn.Linear(nz, 16 * 4 * 4))
+        self.l1 = nn.Sequential(nn.Linear(nz, 2 * d * 4 * 4))
         self.conv_blocks = nn.Sequential(
-            nn.BatchNorm2d(16),
+            nn.BatchNorm2d(2 * d),
             nn.Upsample(scale_factor=2),
-            nn.Conv2d(16, 8, 3, stride=1, padding=1),
-            nn.BatchNorm2d(8, 0.8),
+            nn.Conv2d(2 * d, d, 3, stride=1, padding=1),
+            nn.BatchNorm2d(d, 0.8),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Upsample(scale_factor=2),
-            nn.Conv2d(8, 1, 3, stride=1, padding=1),
+            nn.Conv2d(d, 1, 3, stride=1, padding=1),
             nn.Tanh(),
         )
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         out = self.l1(torch.mul(self.label_emb(labels), noise))
-        return self.conv_blocks(out.view(out.shape[0], 16, 4, 4))
+        return self.conv_blocks(out.view(out.shape[0], 2 * self.d, 4, 4))
 
 
 class ClassifierDiscriminator(nn.Module):
     """Returns the validity and the probabilities of the classes."""
 
-    def __init__(self) -> None:
+    def __init__(self, d: int = 8) -> None:
         super().__init__()
         self.conv_blocks = nn.Sequential(
-            nn.Conv2d(1, 8, 3, 2, 1),
+            nn.Conv2d(1, d, 3, 2, 1),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Dropout2d(0.25),
-            nn.Conv2d(8, 16, 3, 2, 1),
+            nn.Conv2d(d, 2 * d, 3, 2, 1),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Dropout2d(0.25),
-            nn.BatchNorm2d(16, 0.8),
+            nn.BatchNorm2d(2 * d, 0.8),
         )
-        self.adv_layer = nn.Sequential(nn.Linear(256, 1), nn.Sigmoid())
-        self.aux_layer = nn.Sequential(nn.Linear(256, CLASSES), nn.Softmax(dim=1))
+        self.adv_layer = nn.Sequential(nn.Linear(32 * d, 1), nn.Sigmoid())
+        self.aux_layer = nn.Sequential(nn.Linear(32 * d, CLASSES), nn.Softmax(dim=1))
 
     def forward(self, img: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         out = self.conv_blocks(img)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 
 class MLPGenerator(nn.Module):
-    def __init__(self, latent_dim: int = 10, shape: tuple[int, ...] = (1, 8, 8)) -> None:
+    def __init__(
+        self, latent_dim: int = 10, shape: tuple[int, ...] = (1, 8, 8), width: int = 16
+    ) -> None:
         super().__init__()
         self.shape = shape
 
@@ -20,10 +22,10 @@ class MLPGenerator(nn.Module):
             return layers
 
         self.model = nn.Sequential(
-            *block(latent_dim, 16, normalize=False),
-            *block(16, 32),
-            *block(32, 48),
-            nn.Linear(48, shape[0] * shape[1] * shape[2]),
+            *block(latent_dim, width, normalize=False),
+            *block(width, 2 * width),
+            *block(2 * width, 3 * width),
+            nn.Linear(3 * width, shape[0] * shape[1] * shape[2]),
             nn.Tanh(),
         )
 
@@ -33,14 +35,14 @@ class MLPGenerator(nn.Module):
 
 
 class MLPCritic(nn.Module):
-    def __init__(self, shape: tuple[int, ...] = (1, 8, 8)) -> None:
+    def __init__(self, shape: tuple[int, ...] = (1, 8, 8), width: int = 24) -> None:
         super().__init__()
         self.model = nn.Sequential(
-            nn.Linear(shape[0] * shape[1] * shape[2], 48),
+            nn.Linear(shape[0] * shape[1] * shape[2], 2 * width),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Linear(48, 24),
+            nn.Linear(2 * width, width),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Linear(24, 1),
+            nn.Linear(width, 1),
         )
 
     def forward(self, img: Tensor) -> Tensor:

@@ -36,13 +36,13 @@ class SNGenBlock(nn.Module):
 
 
 class SNGenerator(nn.Module):
-    def __init__(self, nz: int = 10, ngf: int = 12) -> None:
+    def __init__(self, nz: int = 10, ngf: int = 12, last: int = 8) -> None:
         super().__init__()
         self.l1 = nn.Linear(nz, 4 * 4 * ngf)
         self.block2 = SNGenBlock(ngf, ngf)
-        self.block3 = SNGenBlock(ngf, 8)
-        self.b5 = nn.BatchNorm2d(8)
-        self.c5 = nn.Conv2d(8, 3, 3, 1, 1)
+        self.block3 = SNGenBlock(ngf, last)
+        self.b5 = nn.BatchNorm2d(last)
+        self.c5 = nn.Conv2d(last, 3, 3, 1, 1)
         self.activation = nn.ReLU(True)
 
     def forward(self, x: Tensor) -> Tensor:
