@@ -217,8 +217,13 @@ def _avg_pool2d(
     return _on_map(first, func, args, kwargs)
 
 
+def may_be_pooled(readers: Readers) -> bool:
+    """Whether an average pooling was the only reader of what the first call put out, or no call
+    has shown yet what is."""
+    return _is_pooled(readers) or not (readers.asked or readers.known)
+
+
 def _is_pooled(readers: Readers) -> bool:
-    """Whether an average pooling was the only reader of what the first call put out."""
     return set(readers.after) == {F.avg_pool2d} and not readers.others
 
 
@@ -252,7 +257,10 @@ def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             later = Convolved(in_last(first.value()), weight, bias)
             return hand_on(later, shape, first.format, first.readers.of(func))
         if y is None:
-            x = first.value() if groups > 1 else in_last(first.value())
+            x = first.value()
+            learning = geometry == SAME_SIZED and may_be_pooled(first.readers.of(func))
+            if learning or strided_conv.has_kernel(False, x.shape, weight.shape, geometry[1:]):
+                x = in_last(x)
             y = strided_conv.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return _made(first, func, y, weight)
 
@@ -282,7 +290,9 @@ def _conv_transpose2d(
         if geometry == STRIDED and isinstance(source, Normed):
             y = source.convolved(Conv("up", weight, bias, pair(output_padding)))
         if y is None:
-            x = first.value() if groups > 1 else in_last(first.value())
+            x = first.value()
+            if strided_conv.has_kernel(True, x.shape, weight.shape, geometry[1:]):
+                x = in_last(x)
             y = strided_conv.conv_transpose2d(
                 x, weight, bias, stride, padding, output_padding, groups, dilation
             )

@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from pygan.known_operations import may_enter
+from pygan.known_operations import SAME_SIZED, may_be_pooled, may_enter
+from pygan.ops import strided_conv
 from pygan.ops.binary_cross_entropy import with_lost_gradient
 from pygan.pending import Readers, entered, format_of, is_little, plain, taken_in
 
@@ -41,9 +43,25 @@ def enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         serves = input.dim() == 4 and not torch.is_inference_mode_enabled()
         # A weight that is computed is not asked for: that may change it.
         weight = layer._parameters.get("weight")
-        serves = serves and not is_little(input, weight)
+        serves = serves and not is_little(input, weight) and _gains(layer, input, readers)
     format = format_of(input) if serves else None
     return None if format is None or watched(layer) else (entered(input, format, readers),)
+
+
+def _gains(layer: nn.Module, x: Tensor, readers: Readers) -> bool:
+    """Whether a convolution of a plain map is faster as a known operation. One that torch runs is
+    as fast as it comes: only a pooling behind it is worth it, which the first call shows."""
+    assert isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    ends = (layer.in_channels, layer.out_channels)
+    a, b = ends if transposed else reversed(ends)
+    size = (a, b // layer.groups, *layer.kernel_size)
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    if strided_conv.has_kernel(transposed, x.shape, size, geometry):
+        return True
+    if transposed or (layer.kernel_size, *geometry) != SAME_SIZED:
+        return False
+    return may_be_pooled(readers.of(F.conv2d))
 
 
 def show(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

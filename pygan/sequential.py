@@ -326,18 +326,19 @@ class FusedSequential(nn.Sequential):
                     if layer is not None:
                         input = self._called(i, layer, input, shown, False)
                 continue
-            input = _opened(input, shown)
             if kind == "norm":
                 conv = None
                 if at + 1 < len(runs) and runs[at + 1][1] == "convolution":
                     conv = _strided(layers[runs[at + 1][0]], runs[at + 1][2])
+                # A norm alone is as fast in any layout.
+                input = _opened(input, None if conv is None else shown)
                 input = _norm_act_layers(layers[i], activation, input, conv)
                 if conv is not None:
                     next(pending)
             elif kind == "convolution":
-                input = _convolution_layer(layers[i], activation, input)
+                input = _convolution_layer(layers[i], activation, _opened(input, shown))
             else:
-                input = _folded_layers(layers[i], activation, input)
+                input = _folded_layers(layers[i], activation, _opened(input, shown))
         return self._shown(input, shown, "output")
 
     def _called(

@@ -713,6 +713,24 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, impl: 
     )
 
 
+def has_kernel(
+    transposed: bool,
+    size: Sequence[int],
+    weight_size: Sequence[int],
+    sweep: tuple[Any, ...],
+) -> bool:
+    """Whether :func:`conv2d`, or ``transposed`` :func:`conv_transpose2d`, has another way than
+    torch's for a 4-D map of this ``size``; ``sweep`` is stride, padding and dilation in both
+    dimensions, and groups."""
+    taps = tuple(weight_size[2:])
+    if taps == (4, 4) and sweep == _LIKE_DOWN:
+        return True
+    if sweep[1:] != ((0, 0), (1, 1), 1) or taps == (1, 1):
+        return False
+    met = (weight_size[0], 1, 1) if transposed else weight_size[1:]
+    return tuple(size[1:]) == tuple(met)
+
+
 def _whole_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``conv2d`` of ``[N, B, h, w]`` with ``[A, B, h, w]`` to ``[N, A, 1, 1]``, as a product of
     matrices in x's memory order."""
