@@ -10,6 +10,7 @@ from accuracy import assert_accurate_convolution
 from torch import Tensor
 
 from pygan.functional import conv2d, conv_transpose2d
+from pygan.ops import gpu
 from pygan.ops import strided_conv as op
 
 pytest.importorskip("triton")
@@ -68,13 +69,16 @@ def test_every_configuration(
     size: tuple[int, ...], dtype: torch.dtype, precision: str, conv_pass: str
 ) -> None:
     from pygan.kernels import strided_conv, strided_conv_weight
-    from pygan.kernels.strided_conv_configs import configs
+    from pygan.kernels.strided_conv_configs import configs, with_descriptors
 
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     small, big, weight = maps(size, dtype)
     plain = reference(conv_pass, small, big, weight)
     oracle = reference(conv_pass, small.double(), big.double(), weight.double())
-    found = configs(conv_pass, size[1], size[4], dtype, precision)
+    given = (conv_pass, size[1], size[4], dtype, precision)
+    found = configs(*given)
+    if gpu.copies_tensors(small.device) and (conv_pass == "up" or size[2] % 2 == 0):
+        found += with_descriptors(*given)
     for config in found:
         about = f"{conv_pass} {size} {dtype} {precision} {config}"
         if conv_pass == "weight_grad":
