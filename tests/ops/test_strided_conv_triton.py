@@ -141,15 +141,15 @@ def test_statistics_and_normalized_input(
     check_pass(case, config, groups, coefficients)
 
 
-# Boxes of 2x4x4, of 4x2x2 over a group of two images, of 1x1x16 and, of one image, of 16x1x1.
+# Boxes of 1x4x8 positions, of two or four images where a group has three, 1x1x16 and 16x1x1.
 @in_interpreter
 @pytest.mark.parametrize(
     ("size", "odd", "tile", "groups", "dtype", "layout"),
     [
         ((3, 24, 3, 5, 40), (0, 0), (32, 32, 16), 1, DTYPES[1], "channels_last"),
-        ((4, 40, 3, 2, 16), (1, 1), (16, 16, 16), 2, DTYPES[0], "shifted"),
+        ((6, 40, 2, 2, 16), (1, 0), (16, 16, 16), 2, DTYPES[0], "shifted"),
         ((1, 8, 1, 13, 64), (0, 1), (16, 32, 32), 1, DTYPES[1], "shifted"),
-        ((16, 17, 1, 1, 32), (0, 0), (16, 16, 32), 1, DTYPES[0], "channels_last"),
+        ((18, 17, 1, 1, 32), (0, 0), (16, 16, 32), 1, DTYPES[0], "channels_last"),
     ],
     ids=str,
 )
