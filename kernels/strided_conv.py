@@ -149,6 +149,7 @@ def up_kernel(
         big_channels,
         BIAS,
         STATISTICS,
+        STORE_FIRST=False,
     )
 
 
@@ -236,6 +237,7 @@ def down_kernel(
         small_channels,
         BIAS,
         STATISTICS,
+        STORE_FIRST=False,
     )
 
 

@@ -120,6 +120,7 @@ def up_kernel(
         big_channels,
         BIAS,
         STATISTICS,
+        STORE_FIRST=True,
     )
 
 
@@ -193,6 +194,7 @@ def down_kernel(
         small_channels,
         BIAS,
         STATISTICS,
+        STORE_FIRST=True,
     )
 
 
