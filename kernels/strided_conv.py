@@ -14,6 +14,8 @@ sums float32. A map that is normalized counts as max(z, slope * z), z = (x - mea
 with coefficients [groups, 3, channels] for as many equal runs of the batch. Statistics are of the
 float32 sums with their bias, before they are rounded: per channel and tile count, mean and sum of
 squared deviations, the mean first, then the deviations from it.
+
+These kernels load through pointers and run on any GPU; ``strided_conv_descriptors`` has others.
 """
 
 from __future__ import annotations

@@ -71,24 +71,17 @@ CONFIGS = {
         "weight_grad": (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 4, 2, flat=True)),
     },
 }
+_COPIED_HALVES = (
+    Config(256, 128, 64, 8, 4, descriptors=True),
+    Config(128, 128, 64, 8, 3, descriptors=True),
+    Config(256, 64, 64, 4, 2, descriptors=True),
+    Config(128, 64, 64, 4, 4, descriptors=True),
+)
 # Each compiles for compute capabilities 9.0 and 10.0 without spilling a register. Both operands are
 # multiplied from shared memory but for up's weight in float32: from there TF32 takes only what lies
 # along the terms of the sums, so that one goes through registers.
 DESCRIPTORS = {
-    "half": {
-        "up": (
-            Config(256, 128, 64, 8, 4, descriptors=True),
-            Config(128, 128, 64, 8, 3, descriptors=True),
-            Config(256, 64, 64, 4, 2, descriptors=True),
-            Config(128, 64, 64, 4, 4, descriptors=True),
-        ),
-        "down": (
-            Config(256, 128, 64, 8, 4, descriptors=True),
-            Config(128, 128, 64, 8, 3, descriptors=True),
-            Config(256, 64, 64, 4, 2, descriptors=True),
-            Config(128, 64, 64, 4, 4, descriptors=True),
-        ),
-    },
+    "half": {"up": _COPIED_HALVES, "down": _COPIED_HALVES},
     "tf32": {
         "up": (Config(128, 128, 32, 8, 3, descriptors=True),),
         "down": (
@@ -97,7 +90,7 @@ DESCRIPTORS = {
         ),
     },
 }
-COPIED = 16  # bytes, of which a map's channels are a multiple where descriptors are made for it
+_COPIED = 16  # bytes, of which a map's channels are a multiple where descriptors are made for it
 FLAT_CHANNELS = 32  # of big, below which down is flat
 
 
@@ -109,7 +102,7 @@ def with_descriptors(
     found = DESCRIPTORS.get("half" if dtype.itemsize == 2 else precision, {}).get(conv_pass, ())
     if conv_pass == "up":
         columns = big_channels
-        if any(c * dtype.itemsize % COPIED for c in (small_channels, big_channels)):
+        if any(c * dtype.itemsize % _COPIED for c in (small_channels, big_channels)):
             return ()
     else:
         columns = small_channels

@@ -23,6 +23,7 @@ LAYERS = [
     (16, 128, 16, 16, 64),
     (16, 64, 32, 32, 3),
     (3, 40, 7, 5, 17),
+    (5, 72, 6, 10, 192),
 ]
 KINDS = [
     (torch.bfloat16, "tf32"),
@@ -135,3 +136,26 @@ def test_captured_as_a_graph() -> None:
     graph.replay()
     assert torch.equal(first, expected)
     torch.testing.assert_close(other, op.down_ref(big[:5], weight, None))
+
+
+@pytest.mark.parametrize("conv_pass", PASSES[:2])
+def test_descriptors_captured_as_a_graph(conv_pass: str) -> None:
+    from pygan.kernels import strided_conv
+    from pygan.kernels.strided_conv_configs import with_descriptors
+
+    small, big, weight = maps(LAYERS[1], torch.bfloat16)
+    if not gpu.copies_tensors(small.device):
+        pytest.skip("this GPU copies no tensors")
+    y, x = (big, small) if conv_pass == "up" else (small, big)
+    for config in with_descriptors(conv_pass, 256, 128, torch.bfloat16, "tf32"):
+        given = (conv_pass, small, big, weight, config, "tf32")
+        strided_conv.run(*given)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            strided_conv.run(*given)
+        x.copy_(torch.randn_like(x))
+        strided_conv.run(*given)
+        expected = y.clone()
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected), config
