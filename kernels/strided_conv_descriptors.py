@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pygan.kernels.strided_conv_configs import Config
 from pygan.kernels.strided_conv_epilogue import finish
 
-ALIGNMENT = 16  # bytes, of an array that a descriptor is made for
+_ALIGNMENT = 16  # bytes, of an array that a descriptor is made for
 _WIDEST = 64  # columns of a box: wider ones copy no faster, and down with statistics spills
 
 
@@ -228,7 +228,7 @@ def tiles(covered: tuple[int, int, int], positions: int) -> int:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
 def _descriptor(x: torch.Tensor, shape: list[int], block: list[int]) -> TensorDescriptor:
