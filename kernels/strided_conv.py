@@ -14,15 +14,21 @@ sums float32. A map that is normalized counts as max(z, slope * z), z = (x - mea
 with coefficients [groups, 3, channels] for as many equal runs of the batch. Statistics are of the
 float32 sums with their bias, before they are rounded: per channel and tile count, mean and sum of
 squared deviations, the mean first, then the deviations from it.
+
+These kernels load through pointers and run on any GPU; ``strided_conv_descriptors`` has others.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 
+from pygan.kernels import strided_conv_descriptors
 from pygan.kernels.strided_conv_configs import Config
+from pygan.kernels.strided_conv_epilogue import finish
 
 
 @triton.jit
@@ -35,19 +41,6 @@ def normalized(x, m, p_coefficients, i_group, c, channels, slope):
     z = (x.to(tl.float32) - mean) * scale + shift
     z = tl.where(z < 0.0, z * slope, z)
     return tl.where(m, z, 0.0).to(x.dtype)
-
-
-@triton.jit
-def _store_statistics(p_partials, acc, m, i_row, c, m_c, channels):
-    """Count, mean and squared deviations of the columns of acc where m, which is [rows, 1] or
-    [rows, columns], to row i_row of [rows, 3, channels]."""
-    count = tl.sum(tl.where(m, 1.0, 0.0), 0)
-    mean = tl.sum(tl.where(m, acc, 0.0), 0) / tl.maximum(count, 1.0)
-    deviation = tl.where(m, acc - mean[None, :], 0.0)
-    p = p_partials + i_row * 3 * channels + c
-    tl.store(p, count + tl.zeros_like(mean), mask=m_c)
-    tl.store(p + channels, mean, mask=m_c)
-    tl.store(p + 2 * channels, tl.sum(deviation * deviation, 0), mask=m_c)
 
 
 # Where a size is a multiple of 16 or 1 tells these kernels nothing: one binary for all.
@@ -142,14 +135,24 @@ def up_kernel(
         m_weight = (a < small_channels)[:, None] & m_weight[None, :]
         weight = tl.load(p_weight + o_weight, mask=m_weight, other=0.0)
         acc = tl.dot(small, weight, acc, input_precision=PRECISION)
-    if BIAS:
-        acc += tl.load(p_bias + b, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    if STATISTICS:
-        _store_statistics(p_partials, acc, m_big, i_row, b, m_c, big_channels)
     o_big = ((i_image * big_height + 2 * y) * big_width + 2 * x) * big_channels
     o_c = (odd_y * big_width + odd_x) * big_channels + b
-    p = p_big + o_big[:, None] + o_c[None, :]
-    tl.store(p, acc.to(p_big.dtype.element_ty), mask=m_big & m_c[None, :])
+    finish(
+        p_big,
+        p_partials,
+        p_bias,
+        acc,
+        o_big,
+        o_c,
+        m_big,
+        i_row,
+        b,
+        m_c,
+        big_channels,
+        BIAS,
+        STATISTICS,
+        STORE_FIRST=False,
+    )
 
 
 @triton.jit(do_not_specialize=[*SIZES, "tiles"])
@@ -221,21 +224,33 @@ def down_kernel(
         m_weight = m_k[:, None] & m_a[None, :]
         weight = tl.load(p_weight + o_weight, mask=m_weight, other=0.0)
         acc = tl.dot(big, weight, acc, input_precision=PRECISION)
-    if BIAS:
-        acc += tl.load(p_bias + a, mask=m_a, other=0.0).to(tl.float32)[None, :]
-    if STATISTICS:
-        _store_statistics(p_partials, acc, m_image[:, None], i_tile, a, m_a, small_channels)
     o_small = ((i_image * height + y) * width + x) * small_channels
-    p = p_small + o_small[:, None] + a[None, :]
-    tl.store(p, acc.to(p_small.dtype.element_ty), mask=m_image[:, None] & m_a[None, :])
+    finish(
+        p_small,
+        p_partials,
+        p_bias,
+        acc,
+        o_small,
+        a,
+        m_image[:, None],
+        i_tile,
+        a,
+        m_a,
+        small_channels,
+        BIAS,
+        STATISTICS,
+        STORE_FIRST=False,
+    )
 
 
-def _positions(conv_pass: str, small: torch.Tensor, big: torch.Tensor, groups: int) -> int:
-    """Rows of the GEMM in a group of the batch."""
-    height, width = small.shape[2:]
-    if conv_pass == "up":
-        height, width = ((size + 1) // 2 for size in big.shape[2:])
-    return small.shape[0] // groups * height * width
+def _tiles(
+    conv_pass: str, small: torch.Tensor, big: torch.Tensor, groups: int, config: Config
+) -> int:
+    """Tiles of rows of the GEMM in a group of the batch."""
+    extent = strided_conv_descriptors.extent(conv_pass, small, big, groups)
+    if config.descriptors:
+        return strided_conv_descriptors.tiles(extent, config.block_m)
+    return triton.cdiv(math.prod(extent), config.block_m)
 
 
 def partials(
@@ -243,7 +258,7 @@ def partials(
 ) -> torch.Tensor:
     """An array [groups, rows, 3, channels] for the statistics of the pass: count, mean and squared
     deviations of so many parts of each group. A part may be empty, its mean then 0."""
-    rows = triton.cdiv(_positions(conv_pass, small, big, groups), config.block_m)
+    rows = _tiles(conv_pass, small, big, groups, config)
     rows, y = (4 * rows, big) if conv_pass == "up" else (rows, small)
     return torch.empty((groups, rows, 3, y.shape[1]), dtype=torch.float32, device=y.device)
 
@@ -263,9 +278,16 @@ def run(
 ) -> None:
     """up, which fills ``big [N, B, 2H or 2H + 1, 2W or 2W + 1]`` from ``small [N, A, H, W]``, or
     down the other way: both channels_last, ``weight [A, 4, 4, B]``, ``bias`` float32, and
-    ``statistics`` as :func:`partials` makes them. ``groups`` divides N."""
+    ``statistics`` as :func:`partials` makes them. ``groups`` divides N. A configuration with
+    descriptors takes no ``coefficients``."""
+    if config.descriptors:
+        if coefficients is not None:
+            raise ValueError("a map that descriptors copy is not normalized: give no coefficients")
+        extra = (bias, statistics, groups)
+        strided_conv_descriptors.run(conv_pass, small, big, weight, config, precision, *extra)
+        return
     (batch, a, height, width), (_, b, big_height, big_width) = small.shape, big.shape
-    tiles = triton.cdiv(_positions(conv_pass, small, big, groups), config.block_m)
+    tiles = _tiles(conv_pass, small, big, groups, config)
     going_up = conv_pass == "up"
     if going_up:
         programs = triton.cdiv(config.phases * b, config.block_n) * (4 // config.phases)

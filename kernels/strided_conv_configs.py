@@ -21,6 +21,7 @@ class Config(NamedTuple):
     stages: int
     phases: int = 1  # of big that a program of up computes: 1 or 4
     flat: bool = False  # of down and weight_grad: a block goes over several taps
+    descriptors: bool = False  # of up and down: tiles are copied by tensor descriptors
 
 
 # Each compiles for compute capabilities 8.0, 9.0 and 10.0 without spilling a register, with and
@@ -70,14 +71,51 @@ CONFIGS = {
         "weight_grad": (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 4, 2, flat=True)),
     },
 }
+_COPIED_HALVES = (
+    Config(256, 128, 64, 8, 4, descriptors=True),
+    Config(128, 128, 64, 8, 3, descriptors=True),
+    Config(256, 64, 64, 4, 2, descriptors=True),
+    Config(128, 64, 64, 4, 4, descriptors=True),
+)
+# Each compiles for compute capabilities 9.0 and 10.0 without spilling a register. Both operands are
+# multiplied from shared memory but for up's weight in float32: from there TF32 takes only what lies
+# along the terms of the sums, so that one goes through registers.
+DESCRIPTORS = {
+    "half": {"up": _COPIED_HALVES, "down": _COPIED_HALVES},
+    "tf32": {
+        "up": (Config(128, 128, 32, 8, 3, descriptors=True),),
+        "down": (
+            Config(128, 128, 32, 8, 3, descriptors=True),
+            Config(128, 64, 32, 8, 4, descriptors=True),
+        ),
+    },
+}
+_COPIED = 16  # bytes, of which a map's channels are a multiple where descriptors are made for it
 FLAT_CHANNELS = 32  # of big, below which down is flat
+
+
+def with_descriptors(
+    conv_pass: str, small_channels: int, big_channels: int, dtype: torch.dtype, precision: str
+) -> tuple[Config, ...]:
+    """The ways to run a pass with tensor descriptors that are worth trying, often none. They are
+    for compute capability 9.0 and later, and for down where big's sizes are even."""
+    found = DESCRIPTORS.get("half" if dtype.itemsize == 2 else precision, {}).get(conv_pass, ())
+    if conv_pass == "up":
+        columns = big_channels
+        if any(c * dtype.itemsize % _COPIED for c in (small_channels, big_channels)):
+            return ()
+    else:
+        columns = small_channels
+        found = tuple(c for c in found if big_channels % c.block_k == 0)
+    # One of 64 columns is the narrowest; at least half of a wider one has to be of use.
+    return tuple(c for c in found if c.block_n < max(2 * columns, 65))
 
 
 def configs(
     conv_pass: str, small_channels: int, big_channels: int, dtype: torch.dtype, precision: str
 ) -> tuple[Config, ...]:
-    """The ways to run a pass between so many channels that are worth trying, at least one.
-    ``precision``, "tf32" or "ieee", is how float32 is multiplied."""
+    """The ways to run a pass between so many channels that are worth trying, at least one, none of
+    them with descriptors. ``precision``, "tf32" or "ieee", is how float32 is multiplied."""
     found = CONFIGS["half" if dtype.itemsize == 2 else precision][conv_pass]
     if conv_pass == "up":
         columns = {phases: phases * big_channels for phases in (1, 4)}

@@ -8,11 +8,19 @@ from typing import Any
 import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_OLDEST_OF_TENSOR_COPIES = (9, 0)  # compute capability
 
 
 def unfit(dtype: torch.dtype) -> str | None:
     """Reason that no kernel takes values of this type, or None."""
     return None if dtype in DTYPES else f"the dtype is {dtype}, not float32, bfloat16 or float16"
+
+
+def copies_tensors(device: torch.device) -> bool:
+    """Whether tensor descriptors are copied by hardware (TMA): compute capability 9.0 and later."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _OLDEST_OF_TENSOR_COPIES
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -130,32 +130,39 @@ def passes(shape: Shape, device: torch.device, named: str | None) -> Passes:
     try:
         return _passes(shape, device, named)
     except _Unmeasured:
-        return _unmeasured(shape, named)
+        return _unmeasured(shape, device, named)
 
 
-def _unmeasured(shape: Shape, named: str | None) -> Passes:
-    first = (_configs(shape, conv_pass)[0] if named else None for conv_pass in PASSES)
+def _unmeasured(shape: Shape, device: torch.device, named: str | None) -> Passes:
+    first = (_configs(shape, device, conv_pass)[0] if named else None for conv_pass in PASSES)
     return Passes(shape, *first)
 
 
-def _configs(shape: Shape, conv_pass: str) -> tuple[Any, ...]:
-    from pygan.kernels.strided_conv_configs import configs
+def _configs(shape: Shape, device: torch.device, conv_pass: str) -> tuple[Any, ...]:
+    """What may run the pass here, forms that run on any GPU first."""
+    from pygan.kernels.strided_conv_configs import configs, with_descriptors
 
-    channels = (shape.small_size[1], shape.big_size[1])
-    return configs(conv_pass, *channels, shape.dtype, shape.precision)
+    small, big = shape.small_size, shape.big_size
+    given = (conv_pass, small[1], big[1], shape.dtype, shape.precision)
+    found = configs(*given)
+    if gpu.copies_tensors(device) and (
+        conv_pass == "up" or all(big[i] == 2 * small[i] for i in (2, 3))
+    ):
+        found += with_descriptors(*given)
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
 def _passes(shape: Shape, device: torch.device, named: str | None) -> Passes:
     if _interpreted():
-        return _unmeasured(shape, "triton")
+        return _unmeasured(shape, device, "triton")
     with gpu.on(device):
         return Passes(shape, *(_choice(shape, device, named, conv_pass) for conv_pass in PASSES))
 
 
 def _choice(shape: Shape, device: torch.device, named: str | None, conv_pass: str) -> Any:
     tuner = _tuner(tuning.device_stamp(device))
-    by_name = {_name(config): config for config in _configs(shape, conv_pass)}
+    by_name = {_name(config): config for config in _configs(shape, device, conv_pass)}
     if named is None and _has_images(shape) and cuda_native.reason() is None:
         by_name[CUDA] = CUDA
     names = by_name if named else {_TORCH: None} | by_name

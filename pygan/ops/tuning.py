@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 LEAST_GAIN = 1.03  # times faster than the baseline that another candidate has to be
-_FORMAT = 1  # raise when the same names mean something else
+_FORMAT = 2  # raise when the same names mean something else, or others are worth a measurement
 log = logging.getLogger("pygan")
 
 Timer = Callable[[Callable[[], Any]], float]
@@ -71,23 +72,28 @@ class Tuner:
     def _measure(
         self, key: str, candidates: Mapping[str, Callable[[], Any]], baseline: str | None
     ) -> str:
-        log.info("%s: timing %s", key, ", ".join(candidates))
-        times: dict[str, float] = {}
-        for name, run in candidates.items():
+        def timed(name: str) -> float:
             try:
-                times[name] = self._timer(run)
+                return self._timer(candidates[name])
             except Exception as error:
                 # Too much shared memory or too many registers for this device, as a rule.
                 log.info("%s: %s does not run here (%s)", key, name, error)
+                return math.inf
+
+        log.info("%s: timing %s", key, ", ".join(candidates))
+        measured = {name: timed(name) for name in candidates}
+        times = {name: time for name, time in measured.items() if time < math.inf}
         if not times:
             raise RuntimeError(f"{key}: none of {', '.join(candidates)} runs on this device")
         if baseline not in times:
             return min(times, key=times.__getitem__)
         others = times.keys() - {baseline}
         best = min(others, key=times.__getitem__, default=baseline)
-        for name in {best, baseline}:
-            # Once more: the first to be measured may have met a device that was still waking up.
-            times[name] = min(times[name], self._timer(candidates[name]))
+        # Once more: the first to be measured may have met a device that was still waking up.
+        again = {name: timed(name) for name in {best, baseline}}
+        times[baseline] = min(times[baseline], again[baseline])
+        # Who fails now would fail the caller.
+        times[best] = min(times[best], again[best]) if again[best] < math.inf else math.inf
         log.debug("%s: %s", key, times)
         return best if times[best] * LEAST_GAIN <= times[baseline] else baseline
 

@@ -10,6 +10,7 @@ from accuracy import assert_accurate_convolution
 from torch import Tensor
 
 from pygan.functional import conv2d, conv_transpose2d
+from pygan.ops import gpu
 from pygan.ops import strided_conv as op
 
 pytest.importorskip("triton")
@@ -22,6 +23,7 @@ LAYERS = [
     (16, 128, 16, 16, 64),
     (16, 64, 32, 32, 3),
     (3, 40, 7, 5, 17),
+    (5, 72, 6, 10, 192),
 ]
 KINDS = [
     (torch.bfloat16, "tf32"),
@@ -68,13 +70,16 @@ def test_every_configuration(
     size: tuple[int, ...], dtype: torch.dtype, precision: str, conv_pass: str
 ) -> None:
     from pygan.kernels import strided_conv, strided_conv_weight
-    from pygan.kernels.strided_conv_configs import configs
+    from pygan.kernels.strided_conv_configs import configs, with_descriptors
 
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     small, big, weight = maps(size, dtype)
     plain = reference(conv_pass, small, big, weight)
     oracle = reference(conv_pass, small.double(), big.double(), weight.double())
-    found = configs(conv_pass, size[1], size[4], dtype, precision)
+    given = (conv_pass, size[1], size[4], dtype, precision)
+    found = configs(*given)
+    if gpu.copies_tensors(small.device) and (conv_pass == "up" or size[2] % 2 == 0):
+        found += with_descriptors(*given)
     for config in found:
         about = f"{conv_pass} {size} {dtype} {precision} {config}"
         if conv_pass == "weight_grad":
@@ -131,3 +136,26 @@ def test_captured_as_a_graph() -> None:
     graph.replay()
     assert torch.equal(first, expected)
     torch.testing.assert_close(other, op.down_ref(big[:5], weight, None))
+
+
+@pytest.mark.parametrize("conv_pass", PASSES[:2])
+def test_descriptors_captured_as_a_graph(conv_pass: str) -> None:
+    from pygan.kernels import strided_conv
+    from pygan.kernels.strided_conv_configs import with_descriptors
+
+    small, big, weight = maps(LAYERS[1], torch.bfloat16)
+    if not gpu.copies_tensors(small.device):
+        pytest.skip("this GPU copies no tensors")
+    y, x = (big, small) if conv_pass == "up" else (small, big)
+    for config in with_descriptors(conv_pass, 256, 128, torch.bfloat16, "tf32"):
+        given = (conv_pass, small, big, weight, config, "tf32")
+        strided_conv.run(*given)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            strided_conv.run(*given)
+        x.copy_(torch.randn_like(x))
+        strided_conv.run(*given)
+        expected = y.clone()
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected), config

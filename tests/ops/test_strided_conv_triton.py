@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pygan
 from pygan.errors import UserError
 from pygan.functional import conv2d
-from pygan.ops import cuda_native, image_conv_cuda, strided_conv_gpu, tuning
+from pygan.ops import cuda_native, gpu, image_conv_cuda, strided_conv_gpu, tuning
 from pygan.ops import strided_conv as op
 
 pytest.importorskip("triton")
@@ -130,16 +130,24 @@ def poisoned(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tenso
 def test_statistics_and_normalized_input(
     conv_pass: str, dtype: torch.dtype, groups: int, form: str
 ) -> None:
-    from pygan.kernels import strided_conv as kernels
     from pygan.kernels.strided_conv_configs import Config
-    from pygan.kernels.strided_conv_weight import pack
 
     n, a, h, w, b = 4, 18, 2, 2, 17
     config = Config(16, 16, 16, 4, 2)
     if form == "other":
         config = config._replace(phases=4, flat=True)
     case = Case(conv_pass, (n, a, h, w, b), (1, 0), dtype, torch.float32)
-    values, coefficients = make(case), torch.rand(groups, 3, a if conv_pass == "up" else b) + 0.5
+    coefficients = torch.rand(groups, 3, a if conv_pass == "up" else b) + 0.5
+    check_pass(case, config, groups, coefficients)
+
+
+def check_pass(case: Case, config: Any, groups: int, coefficients: Tensor | None) -> None:
+    """A pass with bias and statistics, of a map normalized by the coefficients if there are any."""
+    from pygan.kernels import strided_conv as kernels
+    from pygan.kernels.strided_conv_weight import pack
+
+    conv_pass, dtype = case.conv_pass, case.dtype
+    values = make(case)
     x, weight, bias = values["x"], values["weight"], values["bias"]
     y = poisoned(values["dy"].shape, dtype)
     small, big = (x, y) if conv_pass == "up" else (y, x)
@@ -279,6 +287,7 @@ def test_a_fused_network(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+CPU = torch.device("cpu")
 SHAPE = strided_conv_gpu.Shape(torch.bfloat16, LAST, (2, 64, 4, 4), (2, 32, 8, 8), "tf32")
 
 
@@ -320,11 +329,11 @@ def test_random_numbers_stay_those_of_the_training(tuner: Any) -> None:
 
 
 def passes(named: str | None = None) -> strided_conv_gpu.Passes:
-    return strided_conv_gpu.passes(SHAPE, torch.device("cpu"), named)
+    return strided_conv_gpu.passes(SHAPE, CPU, named)
 
 
 def test_the_fastest_way_runs(tuner: Any) -> None:
-    fast = strided_conv_gpu._configs(SHAPE, "down")[-1]
+    fast = strided_conv_gpu._configs(SHAPE, CPU, "down")[-1]
     tuner.times = {strided_conv_gpu._name(fast): 0.5}
     found = passes()
     assert found.down == fast
@@ -336,6 +345,16 @@ def test_the_fastest_way_runs(tuner: Any) -> None:
     assert len(tuner.asked) == 3  # a second process asks the file
 
 
+def test_descriptors_may_win(tuner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = SHAPE._replace(big_size=(2, 64, 8, 8))
+    monkeypatch.setattr(gpu, "copies_tensors", lambda device: True)
+    found = {p: strided_conv_gpu._configs(wide, CPU, p)[-1] for p in ("up", "down")}
+    tuner.times = {strided_conv_gpu._name(config): 0.5 for config in found.values()}
+    won = strided_conv_gpu.passes(wide, CPU, None)
+    assert (won.up, won.down, won.weight_grad) == (found["up"], found["down"], None)
+    assert won.up.descriptors and won.down.descriptors
+
+
 def test_torch_stays_where_nothing_is_faster(tuner: Any) -> None:
     assert passes()[1:] == (None, None, None)
     named = passes(named="triton")
@@ -345,7 +364,7 @@ def test_torch_stays_where_nothing_is_faster(tuner: Any) -> None:
 def test_nothing_is_timed_during_capture(tuner: Any) -> None:
     tuner.capturing = True
     assert passes()[1:] == (None, None, None)
-    first = tuple(strided_conv_gpu._configs(SHAPE, p)[0] for p in strided_conv_gpu.PASSES)
+    first = tuple(strided_conv_gpu._configs(SHAPE, CPU, p)[0] for p in strided_conv_gpu.PASSES)
     assert passes(named="triton")[1:] == first
     assert tuner.asked == []
     tuner.capturing = False

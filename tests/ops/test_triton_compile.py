@@ -14,6 +14,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 pytestmark = [
     pytest.mark.triton,
@@ -86,6 +87,21 @@ class Launch(NamedTuple):
     options: dict[str, Any]
     multiples: tuple[str, ...]  # of 16: pointers, and sizes that are
 
+    def compiled(self, capability: int) -> Any:
+        """The binary, with its stages, for a GPU of this compute capability."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        names = self.kernel.arg_names
+        source = ASTSource(
+            fn=self.kernel,
+            signature={k: self.types.get(k, "constexpr") for k in names},
+            constexprs=self.constants,
+            attrs={(names.index(k),): [["tt.divisibility", 16]] for k in self.multiples},
+        )
+        target = GPUTarget("cuda", capability, 32)
+        return triton.compile(source, target=target, options=self.options)
+
     @property
     def name(self) -> str:
         constants = {k: v for k, v in self.constants.items() if v is not None}
@@ -98,6 +114,12 @@ class Launch(NamedTuple):
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
 
 
+def type_of(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
+    return TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+
+
 def launches(run: Callable[[], object]) -> list[Launch]:
     """What ``run`` launches, which is not run."""
     found = []
@@ -108,10 +130,11 @@ def launches(run: Callable[[], object]) -> list[Launch]:
         fixed = {p.name for p in kernel.params if p.is_constexpr}
         constants = {k: v for k, v in given.items() if v is None or k in fixed}
         rest = {k: v for k, v in given.items() if k not in constants}
-        types = {
-            k: TYPES[v.dtype if isinstance(v, torch.Tensor) else type(v)] for k, v in rest.items()
-        }
-        sizes = [k for k, v in rest.items() if isinstance(v, int) and v % 16 == 0]
+        types = {k: type_of(v) for k, v in rest.items()}
+        plain = {p.name for p in kernel.params if p.do_not_specialize}
+        sizes = [
+            k for k, v in rest.items() if isinstance(v, int) and v % 16 == 0 and k not in plain
+        ]
         multiples = [k for k in rest if k in sizes or types[k].startswith("*")]
         found.append(Launch(kernel, types, constants, more, tuple(multiples)))
 
@@ -205,15 +228,4 @@ def blocks_of(registers: int, warps: int) -> int:
 def test_norm_act_compiles_as_it_is_launched(
     launch: Launch, capability: int, tmp_path: Path
 ) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = launch.kernel.arg_names
-    source = ASTSource(
-        fn=launch.kernel,
-        signature={k: launch.types.get(k, "constexpr") for k in names},
-        constexprs=launch.constants,
-        attrs={(names.index(k),): [["tt.divisibility", 16]] for k in launch.multiples},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    require_fit(triton.compile(source, target=target, options=launch.options), capability, tmp_path)
+    require_fit(launch.compiled(capability), capability, tmp_path)

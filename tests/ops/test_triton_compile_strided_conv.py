@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
-from test_triton_compile import SHARED_LIMIT, blocks_of, resources  # noqa: E402
+from test_triton_compile import SHARED_LIMIT, blocks_of, launches, resources  # noqa: E402
 
 pytestmark = [
     pytest.mark.triton,
@@ -122,10 +124,14 @@ def compiled(variant: Variant) -> tuple[int, bytes]:
 
 
 @pytest.fixture(scope="module")
-def machine_code() -> Iterator[dict[Variant, Future[tuple[int, bytes]]]]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context) as pool:
-        yield {variant: pool.submit(compiled, variant) for variant in variants()}
+def pool() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def machine_code(pool: ProcessPoolExecutor) -> dict[Variant, Future[tuple[int, bytes]]]:
+    return {variant: pool.submit(compiled, variant) for variant in variants()}
 
 
 @pytest.mark.parametrize("variant", variants(), ids=lambda variant: variant.name)
@@ -144,6 +150,91 @@ def test_compiles(
         assert shared >= config.stages * tile, "a map or the weight is not copied ahead"
     assert stack == 0, f"{stack} bytes of registers spilled"
     assert blocks_of(registers, variant.config.warps) >= 1
+
+
+class Copied(NamedTuple):
+    """A configuration whose tiles are copied by tensor descriptors."""
+
+    conv_pass: str
+    config: Any
+    capability: int
+    dtype: torch.dtype
+    size: int  # rows and columns of small, which shape the boxes
+    plain: bool  # no bias, no statistics
+
+    @property
+    def name(self) -> str:
+        tile = "x".join(map(str, self.config[:3]))
+        kind = f"{self.dtype}".removeprefix("torch.") + "-plain" * self.plain
+        return f"{self.conv_pass}-{tile}-of-{self.size}-{kind}-sm{self.capability}"
+
+
+def copied() -> list[Copied]:
+    from pygan.kernels.strided_conv_configs import DESCRIPTORS
+
+    found = []
+    for kind, dtype in (("half", torch.bfloat16), ("tf32", torch.float32)):
+        for conv_pass, configs in DESCRIPTORS[kind].items():
+            for config in configs:
+                for at in (at for at in SHARED_LIMIT if at >= 90):
+                    found.append(Copied(conv_pass, config, at, dtype, 4, False))
+                    found.append(Copied(conv_pass, config, at, dtype, 64, True))
+    return found
+
+
+def copying(variant: Copied) -> tuple[int, bytes, str, str]:
+    """Bytes of shared memory, the machine code, its PTX and Triton's own code for a GPU."""
+    from pygan.kernels import strided_conv
+
+    conv_pass, config, size = variant.conv_pass, variant.config, variant.size
+    small, big = (
+        torch.empty((40, 256, each, each), dtype=variant.dtype, device="meta")
+        for each in (size, 2 * size)
+    )
+    weight = torch.empty((256, 4, 4, 256), dtype=variant.dtype, device="meta")
+    extra: tuple[Any, ...] = ()
+    if not variant.plain:
+        partials = strided_conv.partials(conv_pass, small, big, 1, config)
+        extra = (torch.empty(256, device="meta"), partials)
+    (launch,) = launches(
+        lambda: strided_conv.run(conv_pass, small, big, weight, config, "tf32", *extra)
+    )
+    result = launch.compiled(variant.capability)
+    return result.metadata.shared, *(result.asm[stage] for stage in ("cubin", "ptx", "ttgir"))
+
+
+@pytest.fixture(scope="module")
+def copying_code(pool: ProcessPoolExecutor) -> dict[Copied, Future[tuple[int, bytes, str, str]]]:
+    return {variant: pool.submit(copying, variant) for variant in copied()}
+
+
+@pytest.mark.parametrize("variant", copied(), ids=lambda variant: variant.name)
+def test_descriptors_compile_to_bulk_copies(
+    variant: Copied,
+    copying_code: dict[Copied, Future[tuple[int, bytes, str, str]]],
+    tmp_path: Path,
+) -> None:
+    shared, code, ptx, ttgir = copying_code[variant].result()
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(code)
+    registers, stack = resources(cubin)
+    print(f"{variant.name}: {registers} registers, {stack} bytes of stack, {shared} shared")
+    config = variant.config
+    tile = (config.block_m + config.block_n) * config.block_k * variant.dtype.itemsize
+    assert config.stages * tile <= shared <= SHARED_LIMIT[variant.capability]
+    assert stack == 0, f"{stack} bytes of registers spilled"
+    assert blocks_of(registers, config.warps) >= 1
+    for rank in (2, 4 if variant.conv_pass == "up" else 5):
+        assert f"cp.async.bulk.tensor.{rank}d.shared" in ptx
+    if variant.plain:
+        assert "ld.global" not in ptx, "something is loaded value by value"
+    products = re.findall(r"ttng\.(?:warp_group_dot|tc_gen5_mma) %.*", ttgir)
+    assert products
+    assert ("wgmma.mma_async" if variant.capability == 90 else "tcgen05.mma") in ptx
+    if (variant.conv_pass, variant.dtype) != ("up", torch.float32):
+        assert "ttg.local_load" not in ttgir, "an operand goes through registers"
+        for product in products:
+            assert product.count("!ttg.memdesc<") >= 2, product
 
 
 def test_sum_and_pack_compile(tmp_path: Path) -> None:

@@ -47,6 +47,20 @@ def test_what_fails_is_left_out(tmp_path: Path) -> None:
         tuner.choose("all", {"ours": fails})
 
 
+def test_what_fails_later_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    calls = iter([0.5, fails])
+
+    def once() -> float:
+        result = next(calls)
+        return result() if callable(result) else result
+
+    tuner = Tuner("device", Clock(), tmp_path)
+    caplog.set_level(logging.INFO, logger="pygan")
+    assert tuner.choose("key", ways(torch=1.0, slow=0.9) | {"ours": once}, "torch") == "torch"
+    assert "ours does not run here (out of shared memory)" in caplog.text
+    assert next(calls, None) is None
+
+
 def test_a_first_slow_measurement_does_not_decide(tmp_path: Path) -> None:
     times = iter([5.0, 0.9, 0.9, 0.9])
     # The device was still waking up while the baseline was measured.
