@@ -321,7 +321,7 @@ class FusedSequential(nn.Sequential):
                 elif shown is not None and type(layers[i]) not in _LAYOUT_FREE:
                     shown = format_of(input) or shown
                 continue
-            if _is_little(layers[i], activation, kind, input):
+            if _is_torchs(layers[i], activation, kind, input):
                 for layer in (layers[i], activation):
                     if layer is not None:
                         input = self._called(i, layer, input, shown, False)
@@ -385,8 +385,14 @@ def _shown(input: Tensor, layers: list[nn.Module]) -> torch.memory_format | None
     return torch.contiguous_format
 
 
-def _is_little(layer: nn.Module, follower: nn.Module | None, kind: str, input: Tensor) -> bool:
-    """Whether layers that run as one operation take too little time to gain by that."""
+def _is_torchs(layer: nn.Module, follower: nn.Module | None, kind: str, input: Tensor) -> bool:
+    """Whether layers that could run as one operation are left to torch: they take too little time
+    to gain by that, or it is not the map of one size that makes a convolution a product."""
+    if kind == "convolution" and not is_strided(layer):
+        assert isinstance(layer, CONVOLUTIONS)
+        height, width = (1, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.kernel_size
+        if input.dim() != 4 or input.shape[2:] != (height, width):
+            return True
     if dispatch.wished() != "auto" or current_groups() > 1:
         return False
     if kind == "norm":
