@@ -66,7 +66,7 @@ class Reader(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How many examples there were, and how many of them were refused."""
+    """How many examples there were, how many of them were refused, and the CPU time."""
 
     examples: int
     refused: int
@@ -365,11 +365,11 @@ def _many(
         count += 1
         refused += one(value)
 
-    start, before = time.perf_counter(), _peak()
+    start, before = time.process_time(), _peak()
     each()
     grown = _peak() - before
     assert grown < MOST_BYTES, f"{grown / 2**20:.0f} MiB were taken"
-    return Outcome(count, refused, time.perf_counter() - start)
+    return Outcome(count, refused, time.process_time() - start)
 
 
 def read_many(reader: Reader, examples: int, number: int = 0) -> Outcome:
@@ -657,7 +657,7 @@ _HEAD = (
     "None crashed, hung, or raised anything but what it should; memory grew by less than "
     f"{MOST_BYTES >> 20} MiB. `python tests/fuzz.py`",
     "",
-    "| target | examples | refused | minutes |",
+    "| target | examples | refused | CPU minutes |",
     "|---|---:|---:|---:|",
 )
 
@@ -673,7 +673,7 @@ def _kept(path: Path | None, targets: Iterable[str]) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints each row and writes the table; rows of other targets that it holds stay."""
     parser = argparse.ArgumentParser(description="Drawn files and arguments.")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of each target")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of a CPU, for each target")
     parser.add_argument("--only", nargs="*", help="names of targets")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="may hold other targets")
     options: Any = parser.parse_args(arguments)

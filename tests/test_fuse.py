@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import pygan
 from pygan import pending
 from pygan.fuse import why_not_mergeable
-from pygan.ops import norm_conv
+from pygan.ops import norm_act, norm_conv, strided_conv
 from pygan.ops.norm_act import batch_groups
 from pygan.sequential import FusedSequential
 
@@ -688,3 +688,43 @@ def counted(monkeypatch: pytest.MonkeyPatch, place: ModuleType, name: str) -> li
 
     monkeypatch.setattr(place, name, call)
     return calls
+
+
+class Chain(nn.Module):
+    """Convolutions that only torch has kernels for, called by their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(16, 16, 3)
+        self.norm = nn.BatchNorm2d(16)
+        self.up = nn.ConvTranspose2d(16, 16, 3, 2, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.first(x))
+        return self.up(nn.functional.relu(self.norm(self.second(x))))
+
+
+@pytest.mark.parametrize("form", ["attributes", "Sequential"])
+def test_maps_between_convolutions_of_torch_stay_as_they_are(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = Chain()
+    relu = nn.ReLU()
+    layers = (chain.first, relu, chain.second, chain.norm, relu, chain.up)
+    network = chain if form == "attributes" else nn.Sequential(*layers)
+    pygan.fuse(network)
+    x = torch.randn(8, 3, 32, 32, requires_grad=True)
+    for _ in range(4):  # what reads every output is learnt
+        network(x).sum().backward()
+    calls: list[str] = []
+    for function in (strided_conv._Reordered, norm_act._NormAct):
+
+        def noted(
+            *arguments: Any, name: str = function.__name__, apply: Any = function.apply
+        ) -> Any:
+            calls.append(name)
+            return apply(*arguments)
+
+        monkeypatch.setattr(function, "apply", noted)
+    network(x).sum().backward()
+    assert calls == ["_NormAct"]
