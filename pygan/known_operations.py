@@ -34,12 +34,19 @@ from pygan.pending import (
 )
 
 
-def _made(first: Observed, func: Any, value: Tensor, like: Tensor | None = None) -> Tensor:
+def _made(
+    first: Observed,
+    func: Any,
+    value: Tensor,
+    like: Tensor | None = None,
+    may_fold: bool = False,
+) -> Tensor:
     """A map that ``func`` made of ``first``, and of a weight ``like`` whose layout counts."""
     format = first.format
     if like is not None and value.dim() == 4 and strided_conv.is_last(like):
         format = torch.channels_last
-    return hand_on(Map(value), value.shape, format, first.readers.of(func))
+    readers = first.readers.of(func)
+    return hand_on(Map(value), value.shape, format, readers, may_fold=may_fold)
 
 
 def _with_running_statistics(training: bool, mean: Tensor | None, var: Tensor | None) -> bool:
@@ -174,7 +181,7 @@ def _on_map(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     result = func(*taken(args), **{name: taken(value) for name, value in kwargs.items()})
     if not isinstance(result, Tensor) or result.dim() != 4:
         return plain(result)
-    return _made(first, func, result)
+    return _made(first, func, result, may_fold=True)
 
 
 def _dropout2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -61,6 +61,16 @@ class Readers:
         """Those of what ``operation`` makes of that output."""
         return self.after.setdefault(operation, Readers())
 
+    def lead_to_fold(self) -> bool:
+        """Whether an upsampling with a convolution behind it, or a convolution with a pooling
+        behind it, reads this or what is made of it."""
+        function = torch.nn.functional
+        behind = {function.interpolate: function.conv2d, function.conv2d: function.avg_pool2d}
+        return any(
+            behind.get(operation) in found.after or found.lead_to_fold()
+            for operation, found in self.after.items()
+        )
+
     def __reduce__(self) -> tuple[type[Readers], tuple[()]]:
         return Readers, ()  # a copy sees for itself
 
@@ -355,12 +365,20 @@ def saving_is_watched() -> bool:
 
 
 def hand_on(
-    source: Source, shape: torch.Size, format: torch.memory_format, readers: Readers
+    source: Source,
+    shape: torch.Size,
+    format: torch.memory_format,
+    readers: Readers,
+    *,
+    may_fold: bool = False,
 ) -> Tensor:
-    """What a layer gives to whoever called it: pending where a known operation is the reader."""
-    if isinstance(source, Map) and source.value().is_contiguous(memory_format=format):
-        return reordered(source.value(), format)
+    """What a layer gives to whoever called it: pending where a known operation is the reader.
+    Values in the layout shown are handed on as they are, but for those that ``may_fold``: to be
+    seen by what a convolution is folded with."""
     if saving_is_watched() or shape.numel() < LEAST_ELEMENTS:
+        return reordered(source.value(), format)
+    there = isinstance(source, Map) and source.value().is_contiguous(memory_format=format)
+    if there and (not may_fold or (readers.asked and not readers.lead_to_fold())):
         return reordered(source.value(), format)
     like, *_ = source.inputs()
     graph = torch.is_grad_enabled()
