@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pygan.ops import native
+
 SMALLEST = 1 << 18  # bytes; below it the heap does well
 _ALIGNMENT = 64
 # Allocations after which unused pages go back: more than a step of large networks makes, so that
@@ -40,6 +42,7 @@ class Arena:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
         self.size = size
         self._mapping = mmap.mmap(-1, size, flags=flags)
+        native.ask_for_huge_pages(self._mapping, 0, size)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         self._period = period
         self._count = 0

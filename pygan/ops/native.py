@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -64,6 +65,13 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def ask_for_huge_pages(memory: mmap.mmap, offset: int, size: int) -> None:
+    """Large arrays in pages of 4 KiB miss the TLB. A system without huge ones goes on without."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE, offset, size)
+
+
 class _Scratch(threading.local):
     memory: mmap.mmap | None = None
     size = 0
@@ -71,7 +79,7 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-_PAGE = 1 << 21  # a huge one: with 4 KiB pages large scratch misses the TLB
+_PAGE = 1 << 21  # a huge one
 
 
 def scratch(size: int) -> int:
@@ -84,7 +92,6 @@ def scratch(size: int) -> int:
         memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         offset = -base % _PAGE
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE, offset, size)
+        ask_for_huge_pages(memory, offset, size)
         _scratch.memory, _scratch.size, _scratch.start = memory, size, base + offset
     return _scratch.start

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import gc
 import io
 import pickle
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pygan.ops import map_memory
+from pygan.ops import map_memory, native
 from pygan.ops.map_memory import SMALLEST, Arena
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,6 +201,36 @@ def test_what_is_alive_is_never_given_back(small_arena: Arena) -> None:
     for _ in range(100):
         map_memory.empty((MIB // 4,), torch.float32)
     assert alive.eq(3).all()
+
+
+def _flags_of(address: int) -> list[str]:
+    """What the system was told of the mapping that holds ``address``."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if re.fullmatch("[0-9a-f]+-[0-9a-f]+", first):
+            start, end = (int(each, 16) for each in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            return rest.split()
+    raise AssertionError(f"no mapping holds {address:#x}")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages"
+)
+def test_maps_and_scratch_lie_in_huge_pages(small_arena: Arena) -> None:
+    map_memory.empty(LARGE, torch.float32)
+    assert "hg" in _flags_of(small_arena._base)
+    assert "hg" in _flags_of(native.scratch(MIB))
+
+
+def test_a_system_that_knows_no_huge_pages_is_no_error() -> None:
+    class Memory:
+        def madvise(self, *arguments: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    native.ask_for_huge_pages(Memory(), 0, MIB)  # type: ignore[arg-type]
 
 
 def test_a_finalizer_inside_the_allocator_neither_waits_nor_breaks_it() -> None:
