@@ -21,6 +21,7 @@ from pygan.errors import UserError
 from pygan.functional import image_batch
 from pygan.fuse import why_not_mergeable
 from pygan.losses import check_loss, d_loss_term, gan_d_loss, gan_g_loss, has_kernel, is_paired
+from pygan.memory_order import MemoryOrder
 from pygan.ops import map_memory
 from pygan.ops.norm_act import batch_groups
 from pygan.penalties import gradient_penalty, r1_penalty
@@ -236,7 +237,8 @@ class _Step:
         if self.tricks.clip_grad is not None:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(network.parameters(), self.tricks.clip_grad)
-        scaler.step(optimizer)
+        with MemoryOrder() if self.device.type == "cpu" else contextlib.nullcontext():
+            scaler.step(optimizer)
         scaler.update()
 
     @property
