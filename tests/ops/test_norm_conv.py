@@ -75,8 +75,8 @@ def run(case: Case, how: str, second: bool = False) -> dict[str, Tensor]:
     given = values | leaves
     conv = op.Conv(case.conv_pass, given["weight"], given["bias"], case.odd)
     arguments = [given[k] for k in ("x", "running_mean", "running_var", "norm_weight", "norm_bias")]
-    autocast = case.dtype == torch.bfloat16 and how != "wide"
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    autocast = case.dtype != torch.float32 and how != "wide"
+    with torch.autocast("cpu", case.dtype if autocast else torch.bfloat16, enabled=autocast):
         if how == "fused":
             y = op.norm_conv(*arguments, settings_of(case), conv)
             assert "NormConv" in type(y.grad_fn).__name__
