@@ -19,7 +19,7 @@ from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
 from pygan.ops.moments import Moments
 from pygan.ops.norm_act import Settings, current_groups, norm_act
 from pygan.ops.norm_conv import Conv, norm_conv
-from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, is_last
+from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, is_last, up
 from pygan.pending import Map, Observed, Readers, format_of, hand_on, in_last, is_little
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -85,9 +85,13 @@ def _is_tanh(layer: nn.Module) -> bool:
     return type(layer) is nn.Tanh and why_opaque(layer) is None
 
 
-def _takes_activation(layer: nn.Module) -> bool:
-    """Whether it is of the kind whose kernels run an activation as well."""
-    return type(layer) is nn.Conv2d and is_strided(layer) and layer.in_channels <= DIRECT_CHANNELS
+def _taken_activations(layer: nn.Module) -> tuple[type[nn.Module], ...]:
+    """Activations that the kernels of a convolution run as well: of images there are some."""
+    if not isinstance(layer, CONVOLUTIONS) or not is_strided(layer):
+        return ()
+    if isinstance(layer, nn.Conv2d):
+        return PIECEWISE_LINEAR if layer.in_channels <= DIRECT_CHANNELS else ()
+    return (nn.Tanh,) if layer.out_channels <= DIRECT_CHANNELS else ()
 
 
 def _is_upsampling(layer: nn.Module) -> bool:
@@ -157,7 +161,7 @@ def fused_runs(layers: list[nn.Module]) -> Iterator[Run]:
         if type(layers[i]) in BATCH_NORMS and why_opaque(layers[i]) is None:
             kind, taken = "norm", ACTIVATIONS
         elif _is_convolution(layers[i]):
-            kind, taken = "convolution", PIECEWISE_LINEAR if _takes_activation(layers[i]) else ()
+            kind, taken = "convolution", _taken_activations(layers[i])
         follower = layers[i + 1] if i + 1 < len(layers) else None
         if type(follower) not in taken or (follower and why_opaque(follower) is not None):
             follower = None
@@ -170,6 +174,9 @@ def _convolution_layer(
 ) -> Tensor:
     """What ``activation(layer(x))`` computes, and the ``moments`` of that."""
     assert isinstance(layer, CONVOLUTIONS)
+    if activation is not None and isinstance(layer, nn.ConvTranspose2d):
+        activated = ACTIVATIONS[type(activation)]
+        return up(x, layer.weight, layer.bias, layer.output_padding, activated)
     if activation is not None:
         return down(
             x,
@@ -212,13 +219,15 @@ def _strided(
     assert isinstance(layer, CONVOLUTIONS)
     if not is_strided(layer):
         return None
+    activated = "none" if activation is None else ACTIVATIONS[type(activation)]
     if isinstance(layer, nn.ConvTranspose2d):
-        return Conv("up", layer.weight, layer.bias, layer.output_padding, moments=moments)
+        given = (layer.weight, layer.bias, layer.output_padding)
+        return Conv("up", *given, activated, moments=moments)
     return Conv(
         "down",
         layer.weight,
         layer.bias,
-        activation="none" if activation is None else ACTIVATIONS[type(activation)],
+        activation=activated,
         negative_slope=getattr(activation, "negative_slope", 0.0),
         moments=moments,
     )
@@ -366,7 +375,8 @@ class FusedSequential(nn.Sequential):
             if _is_torchs(layers[i], activation, kind, input):
                 for layer in (layers[i], activation):
                     if layer is not None:
-                        input = self._called(i, layer, input, shown, False)
+                        own = layer is activation and kind == "convolution"
+                        input = self._called(i, layer, input, shown, own)
                 continue
             if kind == "norm":
                 conv = None

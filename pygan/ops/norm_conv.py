@@ -40,7 +40,7 @@ class Conv(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
     output_padding: Sequence[int] = (0, 0)  # of up
-    activation: str = "none"  # behind down
+    activation: str = "none"  # behind it, of those that it takes
     negative_slope: float = 0.0
     moments: Moments | None = None  # of the output, for a batch norm behind it
 
@@ -57,7 +57,8 @@ def norm_conv_ref(
     """The definition in torch."""
     y = norm_act.norm_act_ref(x, running_mean, running_var, weight, bias, settings)
     if conv.conv_pass == "up":
-        return strided_conv.up_ref(y, conv.weight, conv.bias, conv.output_padding)
+        z = strided_conv.up_ref(y, conv.weight, conv.bias, conv.output_padding)
+        return norm_act.activate(z, conv.activation, 0.0)
     return strided_conv.down_ref(y, conv.weight, conv.bias, conv.activation, conv.negative_slope)
 
 
@@ -87,7 +88,9 @@ def _prepared(
     given: Tensor | Moments | None,
 ) -> _Prepared | None:
     """What the kernels run, None where norm and convolution are to run apart."""
-    usual = dispatch.wished() in ("auto", "triton") and conv.activation == "none" and x.dim() == 4
+    usual = dispatch.wished() in ("auto", "triton") and x.dim() == 4
+    if conv.conv_pass == "down" and conv.activation != "none":
+        return None
     if not usual or _slope(settings) is None or not strided_conv.is_last(x):
         return None
     if not x.is_contiguous(memory_format=torch.channels_last):
@@ -109,6 +112,7 @@ def _prepared(
         conv.output_padding,
         normalized=Norm(source, settings.groups),
         moments=moments,
+        activation=conv.activation,
     )
     takes = call is not None and (call.layer.native or call.layer.gpu is not None)
     return _Prepared(call, norm) if call and takes and call.x.dtype is x.dtype else None
@@ -237,14 +241,16 @@ def norm_conv(
             x, running_mean, running_var, weight, bias, **settings._asdict(), given=given
         )
         if conv.conv_pass == "up":
-            return strided_conv.up(*(y, *conv[1:4]), moments=conv.moments)
+            return strided_conv.up(*(y, *conv[1:5]), moments=conv.moments)
         return strided_conv.down(
             y, *conv[1:3], conv.activation, conv.negative_slope, moments=conv.moments
         )
-    if not torch.is_grad_enabled():
-        return _forward(prepared, *parameters, settings, conv, given)[0]
-    call = prepared.call
-    return _NormConv.apply(
-        *(x, weight, bias, call.weight, call.bias, running_mean, running_var),
-        *(settings, conv, prepared, given),
-    )
+    if torch.is_grad_enabled():
+        call = prepared.call
+        y = _NormConv.apply(
+            *(x, weight, bias, call.weight, call.bias, running_mean, running_var),
+            *(settings, conv, prepared, given),
+        )
+    else:
+        y = _forward(prepared, *parameters, settings, conv, given)[0]
+    return strided_conv.activated(y, conv.activation)

@@ -45,6 +45,15 @@ class Norm(NamedTuple):
     groups: int
 
 
+class Behind(NamedTuple):
+    """What follows a convolution, and how that runs on a map as it is."""
+
+    groups: int = 0  # of a batch norm by its statistics of the batch; 0 for none
+    tanh: bool = False
+    config: Any = None  # as in ``Passes``
+    takes_statistics: bool = False
+
+
 def _statistics_configs(shape: Shape, device: torch.device, conv_pass: str) -> dict[str, Any]:
     found = strided_conv_gpu.configs(shape, device, conv_pass, statistics=True)
     return {name_of(config): config for config in found}
@@ -114,15 +123,13 @@ def normalizing(
     conv_pass: str,
     norm: Norm,
     learns: bool,
-    taken: int,
-    with_taken: Any,
+    behind: Behind,
 ) -> Passes | None:
     """Passes of which ``conv_pass`` and the gradient of the weight normalize the map that they
-    read; None where ``norm_act`` is to write it. ``learns`` tells whether that gradient is wanted,
-    ``taken`` of how many groups the statistics of the output are, 0 for none, and ``with_taken``
-    in which configuration they are taken of a pass that reads a plain map."""
+    read; None where ``norm_act`` is to write it. ``learns`` tells whether that gradient is
+    wanted."""
     try:
-        return _normalizing(passes, device, named, conv_pass, norm, learns, taken, with_taken)
+        return _normalizing(passes, device, named, conv_pass, norm, learns, behind)
     except strided_conv_gpu.Unmeasured:
         return _first(passes, conv_pass) if named else None
 
@@ -143,8 +150,7 @@ def _normalizing(
     conv_pass: str,
     norm: Norm,
     learns: bool,
-    taken: int,
-    with_taken: Any,
+    behind: Behind,
 ) -> Passes | None:
     if strided_conv_gpu.interpreted():
         return _first(passes, conv_pass)
@@ -155,10 +161,11 @@ def _normalizing(
         if not by_name:
             return None
         key = f"strided_conv {name} behind {READS[conv_pass]} norm of {norm.groups} groups"
-        key += f" with statistics of {taken} groups" if name == conv_pass and taken else ""
+        if name == conv_pass and behind.groups:
+            key += f" with statistics of {behind.groups} groups"
 
         def candidates(name: str = name, by_name: dict[str, Any] = by_name) -> dict[str, Any]:
-            timed = _Timed(passes, device, conv_pass, norm, taken, with_taken)
+            timed = _Timed(passes, device, conv_pass, norm, behind)
             return {k: functools.partial(timed.one, name, config) for k, config in by_name.items()}
 
         try:
@@ -173,15 +180,15 @@ def _normalizing(
         return joined
 
     def forms() -> dict[str, Any]:
-        timed = _Timed(passes, device, conv_pass, norm, taken, with_taken)
+        timed = _Timed(passes, device, conv_pass, norm, behind)
         return {
             _APART: functools.partial(timed.apart, learns),
             _JOINED: functools.partial(timed.joined, joined, learns),
         }
 
     key = f"norm_conv {conv_pass} {norm.statistics} of {norm.groups} groups"
-    key += f" with statistics of {taken} groups" if taken else ""
-    key += f"{' learning' if learns else ''} {shape.key}"
+    key += f" with statistics of {behind.groups} groups" if behind.groups else ""
+    key += f"{' with tanh' * behind.tanh}{' learning' * learns} {shape.key}"
     choice = measured(device, key, (_APART, _JOINED), _APART, forms)
     return joined if choice == _JOINED else None
 
@@ -195,11 +202,10 @@ class _Timed:
         device: torch.device,
         conv_pass: str,
         norm: Norm,
-        taken: int,
-        with_taken: Any,
+        behind: Behind,
     ) -> None:
-        self.passes, self.conv_pass, self.norm, self.taken = passes, conv_pass, norm, taken
-        self.with_taken = with_taken
+        self.passes, self.conv_pass, self.behind = passes, conv_pass, behind
+        self.activation = "tanh" if behind.tanh else "none"
         self.maps = strided_conv_gpu.random_maps(passes.shape, device)
         self.x: Tensor = getattr(self.maps, READS[conv_pass])
         self.implementation = norm_act.choose("auto", self.x)
@@ -216,7 +222,7 @@ class _Timed:
 
     def one(self, name: str, config: Any) -> None:
         """A pass that normalizes."""
-        moments = Moments(self.taken) if self.taken and name == self.conv_pass else None
+        moments = self._moments(self.behind.groups > 0 and name == self.conv_pass)
         shape = self.passes.shape
         strided_conv_gpu.run(shape, config, name, self.maps, self.normalized, moments)
 
@@ -225,13 +231,10 @@ class _Timed:
             *(self.x, None, None, *self.running, self.settings, self.given)
         )
         maps = self.maps._replace(**{READS[self.conv_pass]: f})
-        config, moments = getattr(self.passes, self.conv_pass), None
-        if self.with_taken is not None:
-            config, moments = self.with_taken, Moments(self.taken)
-        shape = self.passes.shape
-        self._finish(
-            strided_conv_gpu.run(shape, config, self.conv_pass, maps, moments=moments), moments
-        )
+        shape, moments = self.passes.shape, self._moments(self.behind.takes_statistics)
+        extra = (None, moments, self.activation)
+        y = strided_conv_gpu.run(shape, self.behind.config, self.conv_pass, maps, *extra)
+        self._finish(y, moments)
         if learns:
             strided_conv_gpu.run(shape, self.passes.weight_grad, "weight_grad", maps)
 
@@ -243,12 +246,16 @@ class _Timed:
             )
             normalized = normalized._replace(coefficients=coefficients)
         shape, config = joined.shape, getattr(joined, self.conv_pass)
-        moments = Moments(self.taken) if self.taken else None
-        y = strided_conv_gpu.run(shape, config, self.conv_pass, self.maps, normalized, moments)
+        moments = self._moments(self.behind.groups > 0)
+        extra = (normalized, moments, self.activation)
+        y = strided_conv_gpu.run(shape, config, self.conv_pass, self.maps, *extra)
         self._finish(y, moments)
         if learns:
             strided_conv_gpu.run(shape, joined.weight_grad, "weight_grad", self.maps, normalized)
 
+    def _moments(self, taken: bool) -> Moments | None:
+        return Moments(self.behind.groups) if taken else None
+
     def _finish(self, y: Tensor, moments: Moments | None) -> None:
-        if self.taken:
-            _normed(y, self.taken, moments)
+        if self.behind.groups:
+            _normed(y, self.behind.groups, moments)

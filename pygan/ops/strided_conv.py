@@ -24,6 +24,8 @@ A ReLU or LeakyReLU behind down runs with it where the direct kernels take all t
 y = act(down(big, w)) and gate = 1 where y > 0, else the slope, the gradients are those of down
 with dy * gate in dy's place, multiplied as the kernels read dy.
 
+A tanh behind up, whose gradient is dy * (1 - y * y), runs with it where CUDA's kernels do.
+
 On a GPU the passes are Triton's implicit GEMMs over the same parities, or kernels of CUDA where
 big is an image, wherever these are measured to be faster than cuDNN; see
 :mod:`pygan.ops.strided_conv_gpu`.
@@ -93,12 +95,16 @@ def down_ref(
     negative_slope: float = 0.0,
 ) -> Tensor:
     """The definition in torch."""
-    return _activate(F.conv2d(big, weight, bias, 2, 1), activation, negative_slope)
+    return activated(F.conv2d(big, weight, bias, 2, 1), activation, negative_slope)
 
 
-def _activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+def activated(z: Tensor, activation: str, negative_slope: float = 0.0) -> Tensor:
+    """The output of a convolution with the activation behind it."""
     if activation == "none":
         return z
+    if activation == "tanh":
+        # What a convolution puts out is nobody else's, and no gradient needs it.
+        return torch.tanh_(z)
     return F.relu(z) if activation == "relu" else F.leaky_relu(z, negative_slope)
 
 
@@ -130,6 +136,7 @@ class _Layer(NamedTuple):
     normalized: str = "none"  # "small" or "big", the map that they normalize as they read it
     ordinary: strided_conv_gpu.Passes | None = None  # those between maps that count as they are
     takes_moments: bool = False  # whether they take statistics of the map that is put out
+    takes_tanh: bool = False  # whether up does
 
     @property
     def native(self) -> bool:
@@ -138,7 +145,7 @@ class _Layer(NamedTuple):
     def plain(self, dtype: torch.dtype) -> _Layer:
         """The same between maps that count as they are."""
         if self.gpu is not None:
-            return self._replace(gpu=self.ordinary, normalized="none", takes_moments=False)
+            return _Layer(*self[:7], self.ordinary)
         sizes = (self.small_size, self.big_size)
         threads = torch.get_num_threads()
         return _layer(dtype, self.weight_format, *sizes, "auto", False, "none", threads)
@@ -242,16 +249,18 @@ def run_up(
     negative_slope: float = 0.0,
     coefficients: Tensor | None = None,
     moments: Moments | None = None,
+    activation: str = "none",
 ) -> Tensor:
     """big in channels_last where ``last``, else contiguous. Only a layer that takes an activation
-    takes a channels_last ``gate``, only one that normalizes small ``coefficients``, and only one
-    that takes ``moments`` fills them."""
+    takes a channels_last ``gate``, only one that normalizes small ``coefficients``, only one that
+    takes ``moments`` fills them, and only one that takes tanh has that ``activation``."""
     kernel, dtype = layer.up, small.dtype
     if kernel is None:
         if layer.gpu is not None and (config := layer.gpu.up) is not None:
             operands = (small, weight, bias, gate, negative_slope)
             extra = _extra(layer, coefficients, negative_slope)
             extra |= {"moments": moments if layer.takes_moments else None}
+            extra |= {"activation": activation}
             big = strided_conv_gpu.up(layer.gpu.shape, config, *operands, **extra)
             return _in_format(big, last)
         odd = [layer.big_size[i] - 2 * layer.small_size[i] for i in (2, 3)]
@@ -367,7 +376,7 @@ def _passes() -> tuple[Any, Any, Any]:
 
 
 class Conv(torch.autograd.Function):
-    """``apply(conv_pass, x, weight, bias, layer, last)``: up or down, and behind down the
+    """``apply(conv_pass, x, weight, bias, layer, last)``: up or down, and behind it the
     activation that its layer takes; the moments of a layer that takes them."""
 
     @staticmethod
@@ -385,7 +394,7 @@ class Conv(torch.autograd.Function):
     ) -> Tensor:
         _, *wants = ctx.needs_input_grad
         if conv_pass == "up":
-            y = run_up(x, weight, bias, layer, last, moments=moments)
+            y = run_up(x, weight, bias, layer, last, moments=moments, activation=activation)
         else:
             operands = (x, weight, bias, layer, last, activation, negative_slope)
             y = run_down(*operands, None, moments)
@@ -393,6 +402,7 @@ class Conv(torch.autograd.Function):
         ctx.save_for_backward(x if wants[1] else None, weight if wants[0] else None, gate)
         ctx.conv_pass, ctx.layer, ctx.last = conv_pass, layer, is_last(x)
         ctx.slope = negative_slope if activation == "leaky_relu" else 0.0
+        ctx.bends = activation == "tanh"
         return y
 
     @staticmethod
@@ -401,7 +411,9 @@ class Conv(torch.autograd.Function):
         up, down, weight_grad = _passes()
         dy = grads[0].contiguous(memory_format=_LAST)
         gate: tuple[Any, ...] = ()
-        if y is not None:
+        if ctx.bends:
+            dy = torch.ops.aten.tanh_backward(dy, y)
+        elif y is not None:
             gate = (y.detach().contiguous(memory_format=_LAST), ctx.slope)
             if wants[2] or torch.is_grad_enabled():
                 # Neither the sum for the bias nor a graph is in the kernels.
@@ -534,10 +546,11 @@ def prepare(
     impl: str = "auto",
     normalized: Norm | None = None,
     moments: Moments | None = None,
+    activation: str = "none",
 ) -> Call | None:
     """What the kernels run for up or down, or None where torch's own operation is to run. With
     ``normalized``, a batch norm, they normalize x as they read it, else the answer is None; the
-    ``moments`` of the output are taken where the layer then says so."""
+    ``moments`` of the output are taken, and a tanh behind up runs, where the layer then says so."""
     if method not in METHODS:
         raise UserError(f"method is {method!r}; it is one of {', '.join(METHODS)}")
     side = 0 if conv_pass == "up" else 1
@@ -568,7 +581,7 @@ def prepare(
                 if normalized is not None:
                     return None
                 moments = None
-            return _prepare_gpu(conv_pass, *operands[:-1], by_name, normalized, moments)
+            return _prepare_gpu(conv_pass, *operands[:-1], by_name, normalized, moments, activation)
     small_size, big_size = _sizes(conv_pass, x, weight, output_padding)
     autocast, named = _autocast_dtype(), method != "auto"
     layer = _layer(
@@ -604,6 +617,7 @@ def _prepare_gpu(
     named: str | None,
     norm: Norm | None,
     moments: Moments | None,
+    activation: str,
 ) -> Call | None:
     autocast = _autocast_dtype(x.device.type)
     if autocast is not None:
@@ -613,26 +627,32 @@ def _prepare_gpu(
     precision = strided_conv_gpu.precision(x.dtype)
     shape = strided_conv_gpu.Shape(x.dtype, weight_format, *sizes, precision)
     ordinary = strided_conv_gpu.passes(shape, x.device, named)
-    passes, config = ordinary, None
-    if moments is not None and named != strided_conv_gpu.CUDA:
-        given = (ordinary, x.device, named, conv_pass)
-        config = norm_conv_gpu.with_statistics(*given, moments.groups)
+    passes = ordinary
+    bends = conv_pass == "up" and activation == "tanh"
+    if bends:
+        passes = ordinary._replace(up=strided_conv_gpu.up_with_tanh(ordinary, x.device, named))
+    takes = moments is not None and named != strided_conv_gpu.CUDA
+    if moments is not None and takes:
+        config = norm_conv_gpu.with_statistics(ordinary, x.device, named, conv_pass, moments.groups)
+        takes = config is not None
+        if config is not None:
+            passes = ordinary._replace(**{conv_pass: config})
     if norm is not None:
         learns = weight.requires_grad and torch.is_grad_enabled()
-        taken = 0 if moments is None else moments.groups
-        given = (ordinary, x.device, named, conv_pass)
-        found = norm_conv_gpu.normalizing(*given, norm, learns, taken, config)
+        groups = 0 if moments is None else moments.groups
+        behind = norm_conv_gpu.Behind(groups, bends, getattr(passes, conv_pass), takes)
+        found = norm_conv_gpu.normalizing(
+            ordinary, x.device, named, conv_pass, norm, learns, behind
+        )
         if found is None:
             return None
-        passes, config = found, getattr(found, conv_pass)
-    elif config is not None:
-        passes = ordinary._replace(**{conv_pass: config})
+        passes, takes = found, moments is not None
     if not (passes.up or passes.down or passes.weight_grad):
         return None
     normalized = "none" if norm is None else _NORMALIZED[conv_pass]
-    takes: bool = moments is not None and config is not None
     layer = _Layer(
-        *(*sizes, weight_format, None, None, None, (), passes, normalized, ordinary, takes)
+        *(*sizes, weight_format, None, None, None, (), passes, normalized, ordinary, takes),
+        takes_tanh=bends and passes.up == strided_conv_gpu.CUDA,
     )
     last = is_last(x) or is_last(weight)
     return Call(x, weight.float(), None if bias is None else bias.float().contiguous(), layer, last)
@@ -643,27 +663,36 @@ def up(
     weight: Tensor,
     bias: Tensor | None = None,
     output_padding: Sequence[int] = (0, 0),
+    activation: str = "none",
     *,
     method: str = "auto",
     impl: str = "auto",
     moments: Moments | None = None,
 ) -> Tensor:
-    """``conv_transpose2d(small, weight, bias, 2, 1, output_padding)``; see
-    :func:`pygan.functional.conv_transpose2d`. ``moments`` of the output are taken where the
-    kernels that run take them."""
+    """``conv_transpose2d(small, weight, bias, 2, 1, output_padding)``, see
+    :func:`pygan.functional.conv_transpose2d`, and behind it ``activation``: "none" or "tanh".
+    ``moments`` of the output, given only where there is no activation, are taken where the kernels
+    that run take them."""
+    if activation not in ("none", "tanh"):
+        raise UserError(f"activation is {activation!r}; it is one of none, tanh")
     extra: dict[str, Any] = {"method": method, "impl": impl, "moments": moments}
+    extra["activation"] = activation
     call = prepare("up", small, weight, bias, output_padding, **extra)
     if call is None:
         fits = all(0 <= extra < 2 for extra in output_padding)  # else torch has a word for it
         if fits and _may_be_small("up", small, weight, bias, method, impl):
             y = few_positions.up(small, weight, bias, tuple(output_padding))
-            return _in_format(y, is_last(small) or is_last(weight))
-        sweep = Sweep((2, 2), (1, 1), (1, 1), True, tuple(output_padding))
-        return _by_torch(small, weight, bias, sweep)
+            y = _in_format(y, is_last(small) or is_last(weight))
+        else:
+            sweep = Sweep((2, 2), (1, 1), (1, 1), True, tuple(output_padding))
+            y = _by_torch(small, weight, bias, sweep)
+        return activated(y, activation)
+    taken = activation if call.layer.takes_tanh else "none"
     if torch.is_grad_enabled():
-        result: Tensor = Conv.apply("up", *call, "none", 0.0, moments)
-        return result
-    return run_up(*call, moments=moments)
+        y = Conv.apply("up", *call, taken, 0.0, moments)
+    else:
+        y = run_up(*call, moments=moments, activation=taken)
+    return activated(y, "none" if taken == activation else activation)
 
 
 def down(
@@ -689,7 +718,7 @@ def down(
             z = _in_format(z, is_last(big) or is_last(weight))
         else:
             z = _by_torch(big, weight, bias, Sweep((2, 2), (1, 1)))
-        return _activate(z, activation, negative_slope)
+        return activated(z, activation, negative_slope)
     extra = ("none", 0.0)
     # Below a slope of 0 the signs behind the activation do not tell those before it.
     if activation != "none" and call.layer.takes_activation and negative_slope >= 0:
@@ -698,7 +727,7 @@ def down(
         z = Conv.apply("down", *call, *extra, moments)
     else:
         z = run_down(*call, *extra, None, moments)
-    return _activate(z, activation, negative_slope)
+    return activated(z, activation, negative_slope)
 
 
 def _may_be_small(

@@ -179,17 +179,36 @@ def _passes(shape: Shape, device: torch.device, named: str | None) -> Passes:
     return Passes(shape, *(_choice(shape, device, named, conv_pass) for conv_pass in PASSES))
 
 
-def _choice(shape: Shape, device: torch.device, named: str | None, conv_pass: str) -> Any:
+def _choice(
+    shape: Shape, device: torch.device, named: str | None, conv_pass: str, activation: str = "none"
+) -> Any:
     by_name = {name_of(config): config for config in configs(shape, device, conv_pass)}
     if named is None and _has_images(shape) and cuda_native.reason() is None:
         by_name[CUDA] = CUDA
     names = by_name if named else {_TORCH: None} | by_name
-    key = f"strided_conv {conv_pass} {shape.key}{' named' if named else ''}"
+    behind = "" if activation == "none" else f" with {activation}"
+    key = f"strided_conv {conv_pass}{behind} {shape.key}{' named' if named else ''}"
     choice = measured(
         *(device, key, names, None if named else _TORCH),
-        lambda: _candidates(shape, device, named, conv_pass, by_name),
+        lambda: _candidates(shape, device, named, conv_pass, by_name, activation),
     )
     return by_name.get(choice)
+
+
+def up_with_tanh(passes: Passes, device: torch.device, named: str | None) -> Any:
+    """Who runs up where a tanh follows, as in ``Passes``: CUDA's kernels put it out with their
+    sums, behind others it is torch's."""
+    if named is not None or not _has_images(passes.shape) or interpreted():
+        return passes.up
+    try:
+        return _up_with_tanh(passes.shape, device)
+    except Unmeasured:
+        return passes.up
+
+
+@functools.lru_cache(maxsize=1024)
+def _up_with_tanh(shape: Shape, device: torch.device) -> Any:
+    return _choice(shape, device, None, "up", "tanh")
 
 
 def measured(
@@ -253,10 +272,15 @@ def run(
     maps: Maps,
     normalized: Normalized | None = None,
     moments: Moments | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    """A pass without bias, which is torch's where the configuration is None; only Triton's
-    kernels take the last two."""
+    """A pass without bias, which is torch's where the configuration is None, and behind up an
+    ``activation``: "none" or "tanh". Only Triton's kernels take ``normalized`` and ``moments``."""
     small, big, weight = maps
+    if activation != "none":
+        if config == CUDA:
+            return up(shape, config, small, weight, None, activation=activation)
+        return torch.tanh_(run(shape, config, conv_pass, maps, normalized, moments))
     if conv_pass == "weight_grad":
         if config is not None:
             return weight_grad(shape, config, small, big, normalized=normalized)
@@ -273,13 +297,18 @@ def run(
 
 
 def _candidates(
-    shape: Shape, device: torch.device, named: str | None, conv_pass: str, by_name: dict[str, Any]
+    shape: Shape,
+    device: torch.device,
+    named: str | None,
+    conv_pass: str,
+    by_name: dict[str, Any],
+    activation: str,
 ) -> dict[str, Callable[[], Any]]:
     """What runs the pass once, on maps of its own."""
     maps = random_maps(shape, device)
     ways = by_name if named else {_TORCH: None} | by_name
     return {
-        name: functools.partial(run, shape, config, conv_pass, maps)
+        name: functools.partial(run, shape, config, conv_pass, maps, activation=activation)
         for name, config in ways.items()
     }
 
@@ -293,14 +322,16 @@ def up(
     gate: Tensor | None = None,
     negative_slope: float = 0.0,
     *,
+    activation: str = "none",
     normalized: Normalized | None = None,
     moments: Moments | None = None,
 ) -> Tensor:
     """big in channels_last of ``small [N, A, H, W]``, ``weight [A, B, 4, 4]`` in float32. Only
-    passes that take an activation take a ``gate``, only Triton's kernels what follows."""
+    CUDA's kernels take an ``activation`` and, where they run all passes, a ``gate``; only Triton's
+    what follows."""
     if config == CUDA:
         odd = (shape.big_size[2] - 2 * small.shape[2], shape.big_size[3] - 2 * small.shape[3])
-        return image_conv_cuda.up(small, weight, bias, odd, "none", gate, negative_slope)
+        return image_conv_cuda.up(small, weight, bias, odd, activation, gate, negative_slope)
     return _convolve("up", shape.big_size, shape, config, small, weight, bias, normalized, moments)
 
 

@@ -301,6 +301,7 @@ SHAPE = strided_conv_gpu.Shape(torch.bfloat16, LAST, (2, 64, 4, 4), (2, 32, 8, 8
 def forget_choices() -> None:
     """What this process knows beside the file."""
     strided_conv_gpu._passes.cache_clear()
+    strided_conv_gpu._up_with_tanh.cache_clear()
     norm_conv_gpu._with_statistics.cache_clear()
     norm_conv_gpu._normalizing.cache_clear()
 
