@@ -9,8 +9,8 @@ kernel computes f(z) from x as it reads it, and so does ``weight_grad`` backward
     df = conv^T(dy, w),  dw = weight_grad(f(z), dy),  dx, dweight_n, dbias_n from df as in norm_act
 
 where dx takes df's place. f(z) is never stored, which saves one map of x's size until backward
-and one writing and reading of it. On a CPU that is always faster; on a GPU :mod:`pygan.ops.
-norm_conv_gpu` measures where it is, and elsewhere both run one after the other.
+and one writing and reading of it. On a CPU that is always faster; on a GPU
+:mod:`pygan.ops.norm_conv_gpu` measures where it is, and elsewhere both run one after the other.
 
 Saved: x, both weights and the statistics. Gradient order: x, norm weight, norm bias, weight, bias.
 Shapes: x ``[N, C, H, W]`` in channels_last. Source: the recomputation is that of Rota Bulo et al.
