@@ -24,8 +24,8 @@ class Config(NamedTuple):
     descriptors: bool = False  # of up and down: tiles are copied by tensor descriptors
 
 
-# Each compiles for compute capabilities 8.0, 9.0 and 10.0 without spilling a register, with and
-# without statistics, where the channels are multiples of 16; others load value by value, and spill.
+# Each compiles for compute capabilities 8.0, 9.0 and 10.0 without spilling a register where the
+# channels are multiples of 16; others load value by value, and spill.
 CONFIGS = {
     "half": {
         "up": (
@@ -71,6 +71,36 @@ CONFIGS = {
         "weight_grad": (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 4, 2, flat=True)),
     },
 }
+# The same for passes that take the statistics of their output, or normalize the map they read, or
+# both: they need more registers.
+FUSED = {
+    "half": {
+        "up": (
+            Config(128, 128, 64, 8, 3),
+            Config(128, 64, 32, 8, 4),
+            Config(64, 128, 64, 4, 3),
+            Config(128, 16, 64, 4, 3, phases=4),
+        ),
+        "down": CONFIGS["half"]["down"],
+        "weight_grad": (
+            Config(128, 128, 64, 8, 3),
+            Config(128, 64, 64, 8, 4),
+            Config(64, 64, 64, 4, 4),
+            Config(64, 64, 64, 8, 2, flat=True),
+        ),
+    },
+    "tf32": {
+        "up": CONFIGS["tf32"]["up"],
+        "down": CONFIGS["tf32"]["down"],
+        "weight_grad": (
+            Config(128, 128, 32, 8, 3),
+            Config(64, 64, 32, 8, 3),
+            Config(64, 64, 16, 4, 2, flat=True),
+        ),
+    },
+    # These normalize no map: those that did would spill.
+    "ieee": {"up": CONFIGS["ieee"]["up"], "down": CONFIGS["ieee"]["down"], "weight_grad": ()},
+}
 _COPIED_HALVES = (
     Config(256, 128, 64, 8, 4, descriptors=True),
     Config(128, 128, 64, 8, 3, descriptors=True),
@@ -90,16 +120,26 @@ DESCRIPTORS = {
         ),
     },
 }
+# Spills where it takes statistics.
+_PLAIN_ONLY = Config(256, 64, 64, 4, 2, descriptors=True)
 _COPIED = 16  # bytes, of which a map's channels are a multiple where descriptors are made for it
 FLAT_CHANNELS = 32  # of big, below which down is flat
 
 
 def with_descriptors(
-    conv_pass: str, small_channels: int, big_channels: int, dtype: torch.dtype, precision: str
+    conv_pass: str,
+    small_channels: int,
+    big_channels: int,
+    dtype: torch.dtype,
+    precision: str,
+    statistics: bool = False,
 ) -> tuple[Config, ...]:
-    """The ways to run a pass with tensor descriptors that are worth trying, often none. They are
-    for compute capability 9.0 and later, and for down where big's sizes are even."""
+    """The ways to run a pass with tensor descriptors, and ``statistics`` of its output, that are
+    worth trying, often none. They are for compute capability 9.0 and later, and for down where
+    big's sizes are even."""
     found = DESCRIPTORS.get("half" if dtype.itemsize == 2 else precision, {}).get(conv_pass, ())
+    if statistics:
+        found = tuple(c for c in found if c != _PLAIN_ONLY)
     if conv_pass == "up":
         columns = big_channels
         if any(c * dtype.itemsize % _COPIED for c in (small_channels, big_channels)):
@@ -117,6 +157,30 @@ def configs(
     """The ways to run a pass between so many channels that are worth trying, at least one, none of
     them with descriptors. ``precision``, "tf32" or "ieee", is how float32 is multiplied."""
     found = CONFIGS["half" if dtype.itemsize == 2 else precision][conv_pass]
+    return _fitting(found, conv_pass, small_channels, big_channels)
+
+
+def with_statistics(
+    conv_pass: str, small_channels: int, big_channels: int, dtype: torch.dtype, precision: str
+) -> tuple[Config, ...]:
+    """As :func:`configs`, of up and down that take the statistics of their output."""
+    found = FUSED["half" if dtype.itemsize == 2 else precision][conv_pass]
+    return _fitting(found, conv_pass, small_channels, big_channels)
+
+
+def normalizing(
+    conv_pass: str, small_channels: int, big_channels: int, dtype: torch.dtype, precision: str
+) -> tuple[Config, ...]:
+    """As :func:`configs`, of passes that normalize a map as they read it; there may be none."""
+    kind = "half" if dtype.itemsize == 2 else precision
+    if kind == "ieee":
+        return ()
+    return _fitting(FUSED[kind][conv_pass], conv_pass, small_channels, big_channels)
+
+
+def _fitting(
+    found: tuple[Config, ...], conv_pass: str, small_channels: int, big_channels: int
+) -> tuple[Config, ...]:
     if conv_pass == "up":
         columns = {phases: phases * big_channels for phases in (1, 4)}
         # Tiles of little width are for few columns, those of much for many.

@@ -40,11 +40,14 @@ def finish(
     STORE_FIRST: tl.constexpr,
 ):
     """Sums acc [rows, columns] with their bias go to p_y + o_row + o_column in y's dtype, where m,
-    which is [rows, 1] or [rows, columns], and m_c, of the columns; their statistics to row i_row
-    of the partials. Columns are of the channels c. Whether the store comes before the statistics
-    changes only how many registers are in use at once."""
+    which is [rows, 1] or [rows, columns], and m_c, of the columns; the statistics of what is
+    stored to row i_row of the partials. Columns are of the channels c. Whether the store comes
+    before the statistics changes only how many registers are in use at once."""
     if BIAS:
         acc += tl.load(p_bias + c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    if STATISTICS:
+        # As stored: whoever normalizes y by them finds a mean of 0, however far it was from 0.
+        acc = acc.to(p_y.dtype.element_ty).to(tl.float32)
     if STATISTICS and not STORE_FIRST:
         _store_statistics(p_partials, acc, m, i_row, c, m_c, channels)
     p = p_y + o_row[:, None] + o_column[None, :]

@@ -14,6 +14,7 @@ from pygan.ops import folded_conv as _folded
 from pygan.ops import image_batch as _batch
 from pygan.ops import norm_act as _norm
 from pygan.ops import strided_conv as _conv
+from pygan.ops.moments import Moments
 from pygan.penalties import gradient_penalty, r1_penalty
 
 __all__ = [
@@ -283,6 +284,12 @@ def norm_act(
     )
 
 
+def _moments(input: Tensor, training: bool, groups: int) -> Moments | None:
+    """What a convolution on this batch is to tell the batch norm behind it."""
+    divides = input.dim() == 4 and groups > 0 and input.shape[0] % groups == 0
+    return Moments(groups) if training and divides else None
+
+
 def conv_norm_act(
     input: Tensor,
     weight: Tensor,
@@ -332,7 +339,10 @@ def conv_norm_act(
 
     Source: Radford, Metz and Chintala 2015, arXiv:1511.06434, section 3; the operations' own.
     """
-    y = _conv.conv2d(input, weight, bias, stride, padding, dilation, groups, impl=impl)
+    moments = _moments(input, training, batch_groups)
+    y = _conv.conv2d(
+        *(input, weight, bias, stride, padding, dilation, groups), impl=impl, moments=moments
+    )
     return _norm.norm_act(
         y,
         running_mean,
@@ -346,6 +356,7 @@ def conv_norm_act(
         negative_slope=negative_slope,
         groups=batch_groups,
         impl=impl,
+        given=moments,
     )
 
 
@@ -393,8 +404,11 @@ def conv_transpose_norm_act(
 
     Source: as :func:`conv_norm_act`.
     """
+    moments = _moments(input, training, batch_groups)
     y = _conv.conv_transpose2d(
-        input, weight, bias, stride, padding, output_padding, groups, dilation, impl=impl
+        *(input, weight, bias, stride, padding, output_padding, groups, dilation),
+        impl=impl,
+        moments=moments,
     )
     return _norm.norm_act(
         y,
@@ -409,6 +423,7 @@ def conv_transpose_norm_act(
         negative_slope=negative_slope,
         groups=batch_groups,
         impl=impl,
+        given=moments,
     )
 
 

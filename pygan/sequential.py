@@ -7,7 +7,7 @@ count at once; what they compute is in :mod:`pygan.ops`.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from pygan.known_operations import may_enter
 from pygan.layers import globally_hooked, is_own_hook, watched
 from pygan.ops import dispatch
 from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
+from pygan.ops.moments import Moments
 from pygan.ops.norm_act import Settings, current_groups, norm_act
 from pygan.ops.norm_conv import Conv, norm_conv
-from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, is_last
+from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, is_last, up
 from pygan.pending import Map, Observed, Readers, format_of, hand_on, in_last, is_little
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -84,9 +85,13 @@ def _is_tanh(layer: nn.Module) -> bool:
     return type(layer) is nn.Tanh and why_opaque(layer) is None
 
 
-def _takes_activation(layer: nn.Module) -> bool:
-    """Whether it is of the kind whose kernels run an activation as well."""
-    return type(layer) is nn.Conv2d and is_strided(layer) and layer.in_channels <= DIRECT_CHANNELS
+def _taken_activations(layer: nn.Module) -> tuple[type[nn.Module], ...]:
+    """Activations that the kernels of a convolution run as well: of images there are some."""
+    if not isinstance(layer, CONVOLUTIONS) or not is_strided(layer):
+        return ()
+    if isinstance(layer, nn.Conv2d):
+        return PIECEWISE_LINEAR if layer.in_channels <= DIRECT_CHANNELS else ()
+    return (nn.Tanh,) if layer.out_channels <= DIRECT_CHANNELS else ()
 
 
 def _is_upsampling(layer: nn.Module) -> bool:
@@ -133,7 +138,11 @@ def _folded(layer: nn.Module, follower: nn.Module) -> str | None:
     return FOLDED[1] if _is_same_sized(layer) and _is_pool(follower) else None
 
 
-def fused_runs(layers: list[nn.Module]) -> Iterator[tuple[int, str, nn.Module | None]]:
+# Index of a layer that is called, how it runs, and the layer that it takes along.
+Run = tuple[int, str, nn.Module | None]
+
+
+def fused_runs(layers: list[nn.Module]) -> Iterator[Run]:
     """Index of every layer that is called, whether it runs as an operation ("convolution",
     "norm", one of ``FOLDED``) or as a "module", and the activation, or the second layer of those
     folded, that it takes along."""
@@ -152,7 +161,7 @@ def fused_runs(layers: list[nn.Module]) -> Iterator[tuple[int, str, nn.Module | 
         if type(layers[i]) in BATCH_NORMS and why_opaque(layers[i]) is None:
             kind, taken = "norm", ACTIVATIONS
         elif _is_convolution(layers[i]):
-            kind, taken = "convolution", PIECEWISE_LINEAR if _takes_activation(layers[i]) else ()
+            kind, taken = "convolution", _taken_activations(layers[i])
         follower = layers[i + 1] if i + 1 < len(layers) else None
         if type(follower) not in taken or (follower and why_opaque(follower) is not None):
             follower = None
@@ -160,9 +169,14 @@ def fused_runs(layers: list[nn.Module]) -> Iterator[tuple[int, str, nn.Module | 
         i += 1 if follower is None else 2
 
 
-def _convolution_layer(layer: nn.Module, activation: nn.Module | None, x: Tensor) -> Tensor:
-    """What ``activation(layer(x))`` computes."""
+def _convolution_layer(
+    layer: nn.Module, activation: nn.Module | None, x: Tensor, moments: Moments | None = None
+) -> Tensor:
+    """What ``activation(layer(x))`` computes, and the ``moments`` of that."""
     assert isinstance(layer, CONVOLUTIONS)
+    if activation is not None and isinstance(layer, nn.ConvTranspose2d):
+        activated = ACTIVATIONS[type(activation)]
+        return up(x, layer.weight, layer.bias, layer.output_padding, activated)
     if activation is not None:
         return down(
             x,
@@ -182,9 +196,11 @@ def _convolution_layer(layer: nn.Module, activation: nn.Module | None, x: Tensor
             layer.output_padding,
             layer.groups,
             layer.dilation,
+            moments=moments,
         )
     return conv2d(
-        x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+        *(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups),
+        moments=moments,
     )
 
 
@@ -196,51 +212,84 @@ def _folded_layers(first: nn.Module, second: nn.Module | None, x: Tensor) -> Ten
     return upsample_conv2d(x, second.weight, second.bias)
 
 
-def _strided(layer: nn.Module, activation: nn.Module | None) -> Conv | None:
+def _strided(
+    layer: nn.Module, activation: nn.Module | None, moments: Moments | None
+) -> Conv | None:
     """The convolution as an operation, where it is 4x4 of stride 2."""
     assert isinstance(layer, CONVOLUTIONS)
     if not is_strided(layer):
         return None
+    activated = "none" if activation is None else ACTIVATIONS[type(activation)]
     if isinstance(layer, nn.ConvTranspose2d):
-        return Conv("up", layer.weight, layer.bias, layer.output_padding)
+        given = (layer.weight, layer.bias, layer.output_padding)
+        return Conv("up", *given, activated, moments=moments)
     return Conv(
         "down",
         layer.weight,
         layer.bias,
-        activation="none" if activation is None else ACTIVATIONS[type(activation)],
+        activation=activated,
         negative_slope=getattr(activation, "negative_slope", 0.0),
+        moments=moments,
     )
 
 
-def _norm_act_layers(
-    norm: nn.Module, activation: nn.Module | None, x: Tensor, conv: Conv | None = None
-) -> Tensor:
-    """What ``activation(norm(x))`` computes, ``num_batches_tracked`` and all, and behind it
-    ``conv``."""
+class _Statistics(NamedTuple):
+    """Which statistics a batch norm takes at this call."""
+
+    by_batch: bool
+    tracked: bool
+    groups: int
+    apart: bool  # one group after the other: a cumulative average has another momentum for each
+
+
+def _statistics(norm: nn.Module) -> _Statistics:
     assert isinstance(norm, BATCH_NORMS)
-    norm._check_input_dim(x)
     by_batch = norm.training or norm.running_mean is None
     tracked = norm.training and norm.track_running_stats
     groups = current_groups() if by_batch else 1
-    if norm.momentum is None and tracked and groups > 1:
-        # A cumulative average has another momentum for each group.
-        parts = x.chunk(groups)
-        return torch.cat(
-            [_one_group(norm, activation, part, by_batch, tracked, 1, conv) for part in parts]
-        )
-    return _one_group(norm, activation, x, by_batch, tracked, groups, conv)
+    return _Statistics(by_batch, tracked, groups, norm.momentum is None and tracked and groups > 1)
+
+
+def _moments_for(runs: list[Run], layers: list[nn.Module], at: int, x: Tensor) -> Moments | None:
+    """What the convolution of run ``at`` on x's batch is to tell the batch norm behind it; None
+    where there is none, or it does not ask."""
+    _, _, activation = runs[at]
+    if activation is not None or at + 1 == len(runs) or runs[at + 1][1] != "norm":
+        return None
+    by_batch, _, groups, apart = _statistics(layers[runs[at + 1][0]])
+    return Moments(groups) if by_batch and not apart and x.shape[0] % groups == 0 else None
+
+
+def _norm_act_layers(
+    norm: nn.Module,
+    activation: nn.Module | None,
+    x: Tensor,
+    conv: Conv | None = None,
+    given: Moments | None = None,
+) -> Tensor:
+    """What ``activation(norm(x))`` computes, ``num_batches_tracked`` and all, and behind it
+    ``conv``; ``given`` are x's."""
+    assert isinstance(norm, BATCH_NORMS)
+    norm._check_input_dim(x)
+    statistics = _statistics(norm)
+    if statistics.apart:
+        alone = statistics._replace(groups=1)
+        conv = None if conv is None else conv._replace(moments=None)
+        parts = x.chunk(statistics.groups)
+        return torch.cat([_one_group(norm, activation, part, alone, conv) for part in parts])
+    return _one_group(norm, activation, x, statistics, conv, given)
 
 
 def _one_group(
     norm: nn.Module,
     activation: nn.Module | None,
     x: Tensor,
-    by_batch: bool,
-    tracked: bool,
-    groups: int,
+    statistics: _Statistics,
     conv: Conv | None,
+    given: Moments | None = None,
 ) -> Tensor:
     assert isinstance(norm, BATCH_NORMS)
+    by_batch, tracked, groups, _ = statistics
     momentum = norm.momentum
     if tracked and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(groups)
@@ -257,8 +306,8 @@ def _one_group(
         groups,
     )
     if conv is not None:
-        return norm_conv(x, *running, norm.weight, norm.bias, settings, conv)
-    return norm_act(x, *running, norm.weight, norm.bias, **settings._asdict())
+        return norm_conv(x, *running, norm.weight, norm.bias, settings, conv, given)
+    return norm_act(x, *running, norm.weight, norm.bias, **settings._asdict(), given=given)
 
 
 # What does the same to a map in any layout.
@@ -312,7 +361,9 @@ class FusedSequential(nn.Sequential):
         runs = list(fused_runs(layers))
         shown = _shown(input, layers)
         pending = iter(enumerate(runs))
+        told: Moments | None = None  # what the convolution before told of its output
         for at, (i, kind, activation) in pending:
+            given, told = told, None
             if kind == "module":
                 before = runs[at - 1][1:] if at else None
                 input = self._called(i, layers[i], input, shown, before == ("convolution", None))
@@ -324,19 +375,24 @@ class FusedSequential(nn.Sequential):
             if _is_torchs(layers[i], activation, kind, input):
                 for layer in (layers[i], activation):
                     if layer is not None:
-                        input = self._called(i, layer, input, shown, False)
+                        own = layer is activation and kind == "convolution"
+                        input = self._called(i, layer, input, shown, own)
                 continue
             if kind == "norm":
                 conv = None
                 if at + 1 < len(runs) and runs[at + 1][1] == "convolution":
-                    conv = _strided(layers[runs[at + 1][0]], runs[at + 1][2])
+                    told = _moments_for(runs, layers, at + 1, input)
+                    conv = _strided(layers[runs[at + 1][0]], runs[at + 1][2], told)
                 # A norm alone is as fast in any layout.
                 input = _opened(input, None if conv is None else shown)
-                input = _norm_act_layers(layers[i], activation, input, conv)
-                if conv is not None:
+                input = _norm_act_layers(layers[i], activation, input, conv, given)
+                if conv is None:
+                    told = None
+                else:
                     next(pending)
             elif kind == "convolution":
-                input = _convolution_layer(layers[i], activation, _opened(input, shown))
+                told = _moments_for(runs, layers, at, input)
+                input = _convolution_layer(layers[i], activation, _opened(input, shown), told)
             else:
                 input = _folded_layers(layers[i], activation, _opened(input, shown))
         return self._shown(input, shown, "output")

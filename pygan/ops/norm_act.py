@@ -40,6 +40,7 @@ from pygan.ops import (
     norm_act_triton,
 )
 from pygan.ops.dense import dense
+from pygan.ops.moments import Moments
 from pygan.ops.native import ACTIVATIONS
 from pygan.ops.wanted import wanted_gradients
 
@@ -174,7 +175,7 @@ def statistics(
     return _run_forward(x, layout, None, None, running_mean, running_var, settings)
 
 
-def cpu_statistics(
+def _cpu_coefficients(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -290,17 +291,21 @@ def cpu_backward(
     return dx, dweight, dbias
 
 
-class _Kernels(NamedTuple):
-    """An implementation: y and the statistics, and the gradients that are wanted."""
+class Kernels(NamedTuple):
+    """An implementation: y and the statistics, the gradients that are wanted, and the statistics
+    with the coefficients by which a convolution normalizes x as it reads it."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
+    coefficients: Callable[..., tuple[Tensor, Tensor]]
 
 
-_KERNELS = {
-    "cpu": _Kernels(_cpu_forward, cpu_backward),
-    "cuda": _Kernels(norm_act_cuda.forward, norm_act_cuda.backward),
-    "triton": _Kernels(norm_act_triton.forward, norm_act_triton.backward),
+KERNELS = {
+    "cpu": Kernels(_cpu_forward, cpu_backward, _cpu_coefficients),
+    "cuda": Kernels(norm_act_cuda.forward, norm_act_cuda.backward, norm_act_cuda.coefficients),
+    "triton": Kernels(
+        norm_act_triton.forward, norm_act_triton.backward, norm_act_triton.coefficients
+    ),
 }
 
 
@@ -315,7 +320,7 @@ class _NormAct(torch.autograd.Function):
         running_var: Tensor | None,
         settings: Settings,
         given: Tensor | None,
-        kernels: _Kernels,
+        kernels: Kernels,
     ) -> Tensor:
         y, statistics = kernels.forward(x, weight, bias, running_mean, running_var, settings, given)
         frozen = (None, None) if settings.training else (running_mean, running_var)
@@ -349,10 +354,11 @@ def norm_act(
     negative_slope: float = 0.2,
     groups: int = 1,
     impl: str = "auto",
-    given: Tensor | None = None,
+    given: Tensor | Moments | None = None,
 ) -> Tensor:
     """See :func:`pygan.functional.norm_act`. With ``given``, from :func:`statistics` of x, the
-    running statistics have followed already; only the kernels take it."""
+    running statistics have followed already; only the kernels take it. It may also be what a
+    convolution tells of x, which is used where kernels of a GPU run."""
     settings = checked_settings(
         x,
         running_mean,
@@ -361,16 +367,30 @@ def norm_act(
     )
     # Statistics that are given are those of the CPU's kernels, whatever is wished.
     chosen = "cpu"
-    if given is None or not x.is_cpu:
-        chosen = _chosen(impl, x, weight, bias, running_mean, running_var)
+    if not (isinstance(given, Tensor) and impl == "auto" and x.is_cpu):
+        chosen = choose(impl, x, weight, bias, running_mean, running_var)
     if chosen == "torch":
-        if given is not None:
+        if isinstance(given, Tensor):
             raise UserError("statistics are given, which only kernels take; leave them out")
         return norm_act_ref(x, running_mean, running_var, weight, bias, settings)
-    arguments, kernels = (running_mean, running_var, settings, given), _KERNELS[chosen]
+    if isinstance(given, Moments):
+        parts = parts_for(given, chosen, settings)
+        given = None
+        if parts is not None:
+            buffers = (running_mean, running_var)
+            given, _ = norm_act_triton.merged(parts, weight, bias, *buffers, settings)
+    arguments, kernels = (running_mean, running_var, settings, given), KERNELS[chosen]
     if torch.is_grad_enabled():
         return _NormAct.apply(x, weight, bias, *arguments, kernels)
     return kernels.forward(x, weight, bias, *arguments)[0]
+
+
+def parts_for(moments: Moments | None, chosen: str, settings: Settings) -> Tensor | None:
+    """The statistics of parts of x that a convolution took, where the kernels ``chosen`` are to
+    use them."""
+    if moments is None or not settings.training or moments.groups != settings.groups:
+        return None
+    return moments.parts if chosen in ("cuda", "triton") else None
 
 
 def checked_settings(
@@ -398,7 +418,8 @@ def checked_settings(
     return settings if training else settings._replace(groups=1)
 
 
-def _chosen(impl: str, x: Tensor, *parameters: Tensor | None) -> str:
+def choose(impl: str, x: Tensor, *parameters: Tensor | None) -> str:
+    """The implementation that runs: one of ``KERNELS``, or "torch"."""
     # The usual answer first: it is asked for in every layer of every step.
     if impl == "auto" and dispatch.wished() == "auto" and supports_cpu(x, *parameters) is None:
         return "cpu"

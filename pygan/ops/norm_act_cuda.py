@@ -56,6 +56,26 @@ def forward(
     return y, found
 
 
+def coefficients(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Any,
+    given: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and invstd as ``[2, groups, C]``, ``given`` or of x, and as ``[groups, 3, C]`` what
+    turns a channels_last x into z: mean, scale and shift. Running statistics follow those of x."""
+    result = x.new_empty((settings.groups, 3, x.shape[1]), dtype=torch.float32)
+    found = _run_forward(
+        *(x.detach(), 0, weight, bias, running_mean, running_var, settings),
+        coefficients=result,
+        given=given,
+    )
+    return found, result
+
+
 def statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, settings: Any
 ) -> Tensor:
@@ -74,6 +94,7 @@ def _run_forward(
     settings: Any,
     *,
     y: Tensor | None = None,
+    coefficients: Tensor | None = None,
     given: Tensor | None = None,
 ) -> Tensor:
     module, shape = cuda_native.module(), _shape(x, layout, settings)
@@ -85,7 +106,7 @@ def _run_forward(
     else:
         assert running_mean is not None and running_var is not None
         found = torch.stack([running_mean, torch.rsqrt(running_var + settings.eps)])
-        if y is None:
+        if y is None and coefficients is None:
             return found.view(2, 1, -1)
     scratch = x.new_empty(module.norm_act_scratch(shape), dtype=torch.float64)
     cuda_native.run(
@@ -102,7 +123,7 @@ def _run_forward(
         address(running_var) if training else 0,
         address(y),
         *_halves(found),
-        0,
+        address(coefficients),
         scratch.data_ptr(),
     )
     if training and running_mean is not None and running_var is not None:

@@ -72,6 +72,66 @@ def forward(
     return y, found
 
 
+def coefficients(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Settings,
+    given: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and invstd as ``[2, groups, C]``, ``given`` or of x, and as ``[groups, 3, C]`` what
+    turns a channels_last x into z: mean, scale and shift. Running statistics follow those of x."""
+    from pygan.kernels import norm_act as kernels
+    from pygan.kernels import norm_act_coefficients
+
+    training, momentum, eps, _, _, groups = settings
+    running = None
+    if running_mean is not None and running_var is not None and given is None:
+        running = running_mean, running_var
+    found = given
+    if found is None:
+        found = x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
+    result = x.new_empty((groups, 3, x.shape[1]), dtype=torch.float32)
+    with gpu.on(x.device):
+        if training and given is None:
+            map, none = _map(x, 0, groups), ACTIVATIONS["none"]
+            kernels.statistics_and_values(
+                None, found, running, x, None, None, map, momentum, eps, none, 0.0
+            )
+        frozen = None if training else running
+        norm_act_coefficients.from_statistics(result, found, frozen, weight, bias, eps)
+    if training and running is not None:
+        torch.autograd.graph.increment_version(list(running))
+    return found, result
+
+
+def merged(
+    parts: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`coefficients`, of a map whose ``parts`` :mod:`pygan.ops.moments` has."""
+    from pygan.kernels import norm_act_coefficients
+
+    groups, channels = parts.shape[0], parts.shape[3]
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = running_mean, running_var
+    found, result = parts.new_empty((2, groups, channels)), parts.new_empty((groups, 3, channels))
+    with gpu.on(parts.device):
+        norm_act_coefficients.merge(
+            found, result, running, parts, weight, bias, settings.momentum, settings.eps
+        )
+    if running is not None:
+        torch.autograd.graph.increment_version(list(running))
+    return found, result
+
+
 def backward(
     x: Tensor,
     dy: Tensor,
@@ -80,14 +140,19 @@ def backward(
     statistics: Tensor,
     wants: Sequence[bool],
     settings: Settings,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, each where wanted."""
+    """Gradients of x, weight and bias, each where wanted; ``in_place`` leaves that of x in dy,
+    which then has x's layout."""
     from pygan.kernels import norm_act_grad as kernels
 
     x, layout = dense(x)
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
         dy = torch.empty_like(x).copy_(dy)
-    dx = torch.empty_like(x) if wants[0] else None
+    dx = None
+    if wants[0]:
+        dx = dy if in_place else torch.empty_like(x)
     dweight = torch.empty_like(weight) if wants[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
     with gpu.on(x.device):

@@ -24,6 +24,8 @@ A ReLU or LeakyReLU behind down runs with it where the direct kernels take all t
 y = act(down(big, w)) and gate = 1 where y > 0, else the slope, the gradients are those of down
 with dy * gate in dy's place, multiplied as the kernels read dy.
 
+A tanh behind up, whose gradient is dy * (1 - y * y), runs with it where CUDA's kernels do.
+
 On a GPU the passes are Triton's implicit GEMMs over the same parities, or kernels of CUDA where
 big is an image, wherever these are measured to be faster than cuDNN; see
 :mod:`pygan.ops.strided_conv_gpu`.
@@ -51,10 +53,13 @@ from pygan.ops import (
     image_conv_cuda,
     map_memory,
     native,
+    norm_conv_gpu,
     strided_conv_gpu,
     torch_conv,
 )
 from pygan.ops.matrix_product import matrix_product
+from pygan.ops.moments import Moments
+from pygan.ops.norm_conv_gpu import Norm
 from pygan.ops.torch_conv import Sweep
 from pygan.ops.wanted import wanted_gradients
 
@@ -90,12 +95,16 @@ def down_ref(
     negative_slope: float = 0.0,
 ) -> Tensor:
     """The definition in torch."""
-    return _activate(F.conv2d(big, weight, bias, 2, 1), activation, negative_slope)
+    return activated(F.conv2d(big, weight, bias, 2, 1), activation, negative_slope)
 
 
-def _activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+def activated(z: Tensor, activation: str, negative_slope: float = 0.0) -> Tensor:
+    """The output of a convolution with the activation behind it."""
     if activation == "none":
         return z
+    if activation == "tanh":
+        # What a convolution puts out is nobody else's, and no gradient needs it.
+        return torch.tanh_(z)
     return F.relu(z) if activation == "relu" else F.leaky_relu(z, negative_slope)
 
 
@@ -124,6 +133,10 @@ class _Layer(NamedTuple):
     refused: tuple[str, ...]  # passes that the named method does not take
     # Who runs the passes of maps that are not the CPU's.
     gpu: strided_conv_gpu.Passes | None = None
+    normalized: str = "none"  # "small" or "big", the map that they normalize as they read it
+    ordinary: strided_conv_gpu.Passes | None = None  # those between maps that count as they are
+    takes_moments: bool = False  # whether they take statistics of the map that is put out
+    takes_tanh: bool = False  # whether up does
 
     @property
     def native(self) -> bool:
@@ -131,6 +144,8 @@ class _Layer(NamedTuple):
 
     def plain(self, dtype: torch.dtype) -> _Layer:
         """The same between maps that count as they are."""
+        if self.gpu is not None:
+            return _Layer(*self[:7], self.ordinary)
         sizes = (self.small_size, self.big_size)
         threads = torch.get_num_threads()
         return _layer(dtype, self.weight_format, *sizes, "auto", False, "none", threads)
@@ -217,6 +232,13 @@ def _norm_of(coefficients: Tensor | None) -> tuple[int, int]:
     return (0, 0) if coefficients is None else (coefficients.data_ptr(), coefficients.shape[0])
 
 
+def _extra(layer: _Layer, coefficients: Tensor | None, slope: float) -> dict[str, Any]:
+    """How a pass on a GPU reads its input."""
+    if coefficients is None:
+        return {}
+    return {"normalized": strided_conv_gpu.Normalized(layer.normalized, coefficients, slope)}
+
+
 def run_up(
     small: Tensor,
     weight: Tensor,
@@ -226,14 +248,20 @@ def run_up(
     gate: Tensor | None = None,
     negative_slope: float = 0.0,
     coefficients: Tensor | None = None,
+    moments: Moments | None = None,
+    activation: str = "none",
 ) -> Tensor:
     """big in channels_last where ``last``, else contiguous. Only a layer that takes an activation
-    takes a channels_last ``gate``, only one that normalizes small ``coefficients``."""
+    takes a channels_last ``gate``, only one that normalizes small ``coefficients``, only one that
+    takes ``moments`` fills them, and only one that takes tanh has that ``activation``."""
     kernel, dtype = layer.up, small.dtype
     if kernel is None:
         if layer.gpu is not None and (config := layer.gpu.up) is not None:
             operands = (small, weight, bias, gate, negative_slope)
-            big = strided_conv_gpu.up(layer.gpu.shape, config, *operands)
+            extra = _extra(layer, coefficients, negative_slope)
+            extra |= {"moments": moments if layer.takes_moments else None}
+            extra |= {"activation": activation}
+            big = strided_conv_gpu.up(layer.gpu.shape, config, *operands, **extra)
             return _in_format(big, last)
         odd = [layer.big_size[i] - 2 * layer.small_size[i] for i in (2, 3)]
         bias = None if bias is None else bias.to(dtype)
@@ -267,14 +295,18 @@ def run_down(
     activation: str = "none",
     negative_slope: float = 0.0,
     coefficients: Tensor | None = None,
+    moments: Moments | None = None,
 ) -> Tensor:
     """small in channels_last where ``last``, else contiguous. Only a layer that takes an activation
-    is given one, only one that normalizes big ``coefficients``."""
+    is given one, only one that normalizes big ``coefficients``, and only one that takes ``moments``
+    fills them."""
     kernel, dtype = layer.down, big.dtype
     if kernel is None:
         if layer.gpu is not None and (config := layer.gpu.down) is not None:
             operands = (big, weight, bias, activation, negative_slope)
-            small = strided_conv_gpu.down(layer.gpu.shape, config, *operands)
+            extra = _extra(layer, coefficients, negative_slope)
+            extra |= {"moments": moments if layer.takes_moments else None}
+            small = strided_conv_gpu.down(layer.gpu.shape, config, *operands, **extra)
             return _in_format(small, last)
         bias = None if bias is None else bias.to(dtype)
         small = torch.convolution(
@@ -314,7 +346,8 @@ def run_weight_grad(
     if kernel is None:
         if layer.gpu is not None and (config := layer.gpu.weight_grad) is not None:
             maps = (small, big, gate, negative_slope)
-            return strided_conv_gpu.weight_grad(layer.gpu.shape, config, *maps)
+            extra = _extra(layer, coefficients, negative_slope)
+            return strided_conv_gpu.weight_grad(layer.gpu.shape, config, *maps, **extra)
         return weight_grad_ref(small, big).float().contiguous(memory_format=layer.weight_format)
     module = native.load()
     assert module is not None
@@ -343,8 +376,8 @@ def _passes() -> tuple[Any, Any, Any]:
 
 
 class Conv(torch.autograd.Function):
-    """``apply(conv_pass, x, weight, bias, layer, last)``: up or down, and behind down the
-    activation that its layer takes."""
+    """``apply(conv_pass, x, weight, bias, layer, last)``: up or down, and behind it the
+    activation that its layer takes; the moments of a layer that takes them."""
 
     @staticmethod
     def forward(
@@ -357,16 +390,19 @@ class Conv(torch.autograd.Function):
         last: bool,
         activation: str = "none",
         negative_slope: float = 0.0,
+        moments: Moments | None = None,
     ) -> Tensor:
         _, *wants = ctx.needs_input_grad
         if conv_pass == "up":
-            y = run_up(x, weight, bias, layer, last)
+            y = run_up(x, weight, bias, layer, last, moments=moments, activation=activation)
         else:
-            y = run_down(x, weight, bias, layer, last, activation, negative_slope)
+            operands = (x, weight, bias, layer, last, activation, negative_slope)
+            y = run_down(*operands, None, moments)
         gate = y if activation != "none" else None
         ctx.save_for_backward(x if wants[1] else None, weight if wants[0] else None, gate)
         ctx.conv_pass, ctx.layer, ctx.last = conv_pass, layer, is_last(x)
         ctx.slope = negative_slope if activation == "leaky_relu" else 0.0
+        ctx.bends = activation == "tanh"
         return y
 
     @staticmethod
@@ -375,7 +411,9 @@ class Conv(torch.autograd.Function):
         up, down, weight_grad = _passes()
         dy = grads[0].contiguous(memory_format=_LAST)
         gate: tuple[Any, ...] = ()
-        if y is not None:
+        if ctx.bends:
+            dy = torch.ops.aten.tanh_backward(dy, y)
+        elif y is not None:
             gate = (y.detach().contiguous(memory_format=_LAST), ctx.slope)
             if wants[2] or torch.is_grad_enabled():
                 # Neither the sum for the bias nor a graph is in the kernels.
@@ -388,7 +426,7 @@ class Conv(torch.autograd.Function):
             adjoint(dy, weight, None, ctx.layer, ctx.last, *gate) if wants[0] else None,
             weight_grad(*maps, ctx.layer, *gate) if wants[1] else None,
             dy.sum((0, 2, 3), dtype=torch.float32) if wants[2] else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -506,10 +544,13 @@ def prepare(
     *,
     method: str = "auto",
     impl: str = "auto",
-    normalized: bool = False,
+    normalized: Norm | None = None,
+    moments: Moments | None = None,
+    activation: str = "none",
 ) -> Call | None:
-    """What the kernels run for up or down, which normalize x as they read it if ``normalized``,
-    or None where torch's own operation is to run."""
+    """What the kernels run for up or down, or None where torch's own operation is to run. With
+    ``normalized``, a batch norm, they normalize x as they read it, else the answer is None; the
+    ``moments`` of the output are taken, and a tanh behind up runs, where the layer then says so."""
     if method not in METHODS:
         raise UserError(f"method is {method!r}; it is one of {', '.join(METHODS)}")
     side = 0 if conv_pass == "up" else 1
@@ -532,9 +573,15 @@ def prepare(
                 raise UserError(
                     f"method {method!r} is of the cpu implementation, not of {chosen}'s"
                 )
-            if chosen == "torch" or normalized:
+            if chosen == "torch":
                 return None
-            return _prepare_gpu(conv_pass, *operands[:-1], None if impl == "auto" else chosen)
+            by_name = None if impl == "auto" else chosen
+            if chosen == "cuda" and _supports_gpu("triton", conv_pass, *operands) is not None:
+                # Only Triton's kernels have what follows.
+                if normalized is not None:
+                    return None
+                moments = None
+            return _prepare_gpu(conv_pass, *operands[:-1], by_name, normalized, moments, activation)
     small_size, big_size = _sizes(conv_pass, x, weight, output_padding)
     autocast, named = _autocast_dtype(), method != "auto"
     layer = _layer(
@@ -545,7 +592,7 @@ def prepare(
         # Winograd's transforms round a bfloat16 weight, which torch takes as it is, once more.
         "direct" if weight.dtype is torch.bfloat16 and not named else method,
         named,
-        _NORMALIZED[conv_pass] if normalized else "none",
+        _NORMALIZED[conv_pass] if normalized is not None else "none",
         torch.get_num_threads(),
     )
     if conv_pass in layer.refused:
@@ -568,6 +615,9 @@ def _prepare_gpu(
     bias: Tensor | None,
     output_padding: Sequence[int],
     named: str | None,
+    norm: Norm | None,
+    moments: Moments | None,
+    activation: str,
 ) -> Call | None:
     autocast = _autocast_dtype(x.device.type)
     if autocast is not None:
@@ -576,10 +626,34 @@ def _prepare_gpu(
     sizes = _sizes(conv_pass, x, weight, output_padding)
     precision = strided_conv_gpu.precision(x.dtype)
     shape = strided_conv_gpu.Shape(x.dtype, weight_format, *sizes, precision)
-    passes = strided_conv_gpu.passes(shape, x.device, named)
+    ordinary = strided_conv_gpu.passes(shape, x.device, named)
+    passes = ordinary
+    bends = conv_pass == "up" and activation == "tanh"
+    if bends:
+        passes = ordinary._replace(up=strided_conv_gpu.up_with_tanh(ordinary, x.device, named))
+    takes = moments is not None and named != strided_conv_gpu.CUDA
+    if moments is not None and takes:
+        config = norm_conv_gpu.with_statistics(ordinary, x.device, named, conv_pass, moments.groups)
+        takes = config is not None
+        if config is not None:
+            passes = ordinary._replace(**{conv_pass: config})
+    if norm is not None:
+        learns = weight.requires_grad and torch.is_grad_enabled()
+        groups = 0 if moments is None else moments.groups
+        behind = norm_conv_gpu.Behind(groups, bends, getattr(passes, conv_pass), takes)
+        found = norm_conv_gpu.normalizing(
+            ordinary, x.device, named, conv_pass, norm, learns, behind
+        )
+        if found is None:
+            return None
+        passes, takes = found, moments is not None
     if not (passes.up or passes.down or passes.weight_grad):
         return None
-    layer = _Layer(*sizes, weight_format, None, None, None, (), passes)
+    normalized = "none" if norm is None else _NORMALIZED[conv_pass]
+    layer = _Layer(
+        *(*sizes, weight_format, None, None, None, (), passes, normalized, ordinary, takes),
+        takes_tanh=bends and passes.up == strided_conv_gpu.CUDA,
+    )
     last = is_last(x) or is_last(weight)
     return Call(x, weight.float(), None if bias is None else bias.float().contiguous(), layer, last)
 
@@ -589,21 +663,36 @@ def up(
     weight: Tensor,
     bias: Tensor | None = None,
     output_padding: Sequence[int] = (0, 0),
+    activation: str = "none",
     *,
     method: str = "auto",
     impl: str = "auto",
+    moments: Moments | None = None,
 ) -> Tensor:
-    """``conv_transpose2d(small, weight, bias, 2, 1, output_padding)``; see
-    :func:`pygan.functional.conv_transpose2d`."""
-    call = prepare("up", small, weight, bias, output_padding, method=method, impl=impl)
+    """``conv_transpose2d(small, weight, bias, 2, 1, output_padding)``, see
+    :func:`pygan.functional.conv_transpose2d`, and behind it ``activation``: "none" or "tanh".
+    ``moments`` of the output, given only where there is no activation, are taken where the kernels
+    that run take them."""
+    if activation not in ("none", "tanh"):
+        raise UserError(f"activation is {activation!r}; it is one of none, tanh")
+    extra: dict[str, Any] = {"method": method, "impl": impl, "moments": moments}
+    extra["activation"] = activation
+    call = prepare("up", small, weight, bias, output_padding, **extra)
     if call is None:
         fits = all(0 <= extra < 2 for extra in output_padding)  # else torch has a word for it
         if fits and _may_be_small("up", small, weight, bias, method, impl):
             y = few_positions.up(small, weight, bias, tuple(output_padding))
-            return _in_format(y, is_last(small) or is_last(weight))
-        sweep = Sweep((2, 2), (1, 1), (1, 1), True, tuple(output_padding))
-        return _by_torch(small, weight, bias, sweep)
-    return Conv.apply("up", *call) if torch.is_grad_enabled() else run_up(*call)
+            y = _in_format(y, is_last(small) or is_last(weight))
+        else:
+            sweep = Sweep((2, 2), (1, 1), (1, 1), True, tuple(output_padding))
+            y = _by_torch(small, weight, bias, sweep)
+        return activated(y, activation)
+    taken = activation if call.layer.takes_tanh else "none"
+    if torch.is_grad_enabled():
+        y = Conv.apply("up", *call, taken, 0.0, moments)
+    else:
+        y = run_up(*call, moments=moments, activation=taken)
+    return activated(y, "none" if taken == activation else activation)
 
 
 def down(
@@ -615,26 +704,30 @@ def down(
     *,
     method: str = "auto",
     impl: str = "auto",
+    moments: Moments | None = None,
 ) -> Tensor:
     """``conv2d(big, weight, bias, 2, 1)``, see :func:`pygan.functional.conv2d`, and behind it
-    ``activation``: "none", "relu" or "leaky_relu" with ``negative_slope``."""
+    ``activation``: "none", "relu" or "leaky_relu" with ``negative_slope``. ``moments`` as
+    :func:`up`'s; they are given only where there is no activation."""
     if activation not in ACTIVATIONS:
         raise UserError(f"activation is {activation!r}; it is one of {', '.join(ACTIVATIONS)}")
-    call = prepare("down", big, weight, bias, method=method, impl=impl)
+    call = prepare("down", big, weight, bias, method=method, impl=impl, moments=moments)
     if call is None:
         if _may_be_small("down", big, weight, bias, method, impl):
             z = few_positions.down(big, weight, bias)
             z = _in_format(z, is_last(big) or is_last(weight))
         else:
             z = _by_torch(big, weight, bias, Sweep((2, 2), (1, 1)))
-        return _activate(z, activation, negative_slope)
-    extra: tuple[Any, ...] = ()
+        return activated(z, activation, negative_slope)
+    extra = ("none", 0.0)
     # Below a slope of 0 the signs behind the activation do not tell those before it.
     if activation != "none" and call.layer.takes_activation and negative_slope >= 0:
         extra, activation = (activation, negative_slope), "none"
-    graph = torch.is_grad_enabled()
-    z = Conv.apply("down", *call, *extra) if graph else run_down(*call, *extra)
-    return _activate(z, activation, negative_slope)
+    if torch.is_grad_enabled():
+        z = Conv.apply("down", *call, *extra, moments)
+    else:
+        z = run_down(*call, *extra, None, moments)
+    return activated(z, activation, negative_slope)
 
 
 def _may_be_small(
@@ -766,12 +859,13 @@ def conv2d(
     *,
     method: str = "auto",
     impl: str = "auto",
+    moments: Moments | None = None,
 ) -> Tensor:
     """See :func:`pygan.functional.conv2d`."""
     taps = weight.shape[2:]
     rest = (pair(padding), pair(dilation), groups)
     if taps == (4, 4) and (pair(stride), *rest) == _LIKE_DOWN:
-        return down(input, weight, bias, method=method, impl=impl)
+        return down(input, weight, bias, method=method, impl=impl, moments=moments)
     _only_strided(method, impl)
     if (
         rest == ((0, 0), (1, 1), 1)
@@ -797,12 +891,13 @@ def conv_transpose2d(
     *,
     method: str = "auto",
     impl: str = "auto",
+    moments: Moments | None = None,
 ) -> Tensor:
     """See :func:`pygan.functional.conv_transpose2d`."""
     taps, outer = weight.shape[2:], pair(output_padding)
     rest = (pair(padding), pair(dilation), groups)
     if taps == (4, 4) and (pair(stride), *rest) == _LIKE_DOWN:
-        return up(input, weight, bias, outer, method=method, impl=impl)
+        return up(input, weight, bias, outer, method=method, impl=impl, moments=moments)
     _only_strided(method, impl)
     if (
         rest == ((0, 0), (1, 1), 1)

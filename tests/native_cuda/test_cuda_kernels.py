@@ -169,6 +169,26 @@ def test_norm_act(
     assert torch.equal(again[0], grads[0])
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_norm_act_coefficients(training: bool, device: torch.device) -> None:
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(4, 19, 3, 5, generator=g).contiguous(memory_format=torch.channels_last)
+    x = x.to(device)
+    weight, bias, mean, var = ((torch.rand(19, generator=g) + 0.5).to(device) for _ in range(4))
+    settings = Settings(training, 0.1, 1e-5, "none", 0.0, 2 if training else 1)
+    buffers, again = (mean.clone(), var.clone()), (mean.clone(), var.clone())
+    found, coefficients = norm_act_cuda.coefficients(x, weight, bias, *buffers, settings)
+    y, expected = norm_act_cuda.forward(x, weight, bias, *again, settings)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, again, strict=True))
+    each = coefficients.repeat_interleave(4 // settings.groups, 0)[..., None, None]
+    z = (x - each[:, 0]) * each[:, 1] + each[:, 2]
+    torch.testing.assert_close(z, y, rtol=1e-6, atol=1e-6)
+    given = (None, None, settings, found)
+    taken, same = norm_act_cuda.coefficients(x, weight, bias, *given)
+    assert taken is found and torch.equal(same, coefficients)
+
+
 def test_norm_act_keeps_nan(device: torch.device) -> None:
     x = torch.randn(4, 3, 5, 5)
     x[1, 2, 3, 4] = float("nan")

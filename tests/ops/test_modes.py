@@ -21,6 +21,7 @@ def run_again(marker: str, chosen: str = "", **environment: str) -> None:
             "strided_conv",
             "strided_conv_triton",
             "norm_conv",
+            "norm_conv_gpu",
             "folded_conv",
             "norm_act",
             "gan_loss",

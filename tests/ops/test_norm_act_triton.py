@@ -91,11 +91,11 @@ def norm_act_given(
     given: torch.Tensor,
     **keywords: object,
 ) -> torch.Tensor:
-    from pygan.ops.norm_act import _KERNELS, Settings, _NormAct
+    from pygan.ops.norm_act import KERNELS, Settings, _NormAct
 
     settings = Settings(True, 0.1, 1e-5, "relu", 0.2, 2)
     result: torch.Tensor = _NormAct.apply(
-        x, weight, None, mean, var, settings, given, _KERNELS["triton"]
+        x, weight, None, mean, var, settings, given, KERNELS["triton"]
     )
     return result
 

@@ -75,8 +75,8 @@ def run(case: Case, how: str, second: bool = False) -> dict[str, Tensor]:
     given = values | leaves
     conv = op.Conv(case.conv_pass, given["weight"], given["bias"], case.odd)
     arguments = [given[k] for k in ("x", "running_mean", "running_var", "norm_weight", "norm_bias")]
-    autocast = case.dtype == torch.bfloat16 and how != "wide"
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    autocast = case.dtype != torch.float32 and how != "wide"
+    with torch.autocast("cpu", case.dtype if autocast else torch.bfloat16, enabled=autocast):
         if how == "fused":
             y = op.norm_conv(*arguments, settings_of(case), conv)
             assert "NormConv" in type(y.grad_fn).__name__
@@ -199,6 +199,22 @@ def test_the_same_as_both_operations(
             assert torch.equal(value, apart[name])
         elif dtype == torch.float32:
             torch.testing.assert_close(value, apart[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "no graph"])
+def test_tanh_behind(graph: bool) -> None:
+    case = Case("up", (8, 64, 8, 8, 3))
+    values = make(case)
+    leaves = [values[k].requires_grad_(graph) for k in ("x", "norm_weight", "norm_bias", "weight")]
+    conv = op.Conv("up", leaves[3], activation="tanh")
+    arguments = (leaves[0], None, None, *leaves[1:3], settings_of(case))
+    y, expected = op.norm_conv(*arguments, conv), op.norm_conv_ref(*arguments, conv)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert op._prepared(leaves[0], leaves[1:3], settings_of(case), conv, None) is not None
+    if graph:
+        found = [torch.autograd.grad(t.square().sum(), leaves) for t in (y, expected)]
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_threads_and_runs_agree() -> None:

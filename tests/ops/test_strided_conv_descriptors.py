@@ -88,21 +88,21 @@ def test_descriptors_are_tried_from_hopper_on(
     monkeypatch.setattr(torch.version, "hip", None)
     on_gpu = torch.device("cuda", 0)
     for conv_pass in strided_conv_gpu.PASSES:
-        found = strided_conv_gpu._configs(WIDE, on_gpu, conv_pass)
+        found = strided_conv_gpu.configs(WIDE, on_gpu, conv_pass)
         forms = [config.descriptors for config in found]
         expected = capability >= (9, 0) and conv_pass != "weight_grad"
         assert any(forms) == expected
         # The first one runs where nothing can be timed; the tuner tells them apart by name.
         assert forms == sorted(forms) and not forms[0]
-        assert len({strided_conv_gpu._name(config) for config in found}) == len(found)
+        assert len({strided_conv_gpu.name_of(config) for config in found}) == len(found)
     odd = WIDE._replace(big_size=(2, 64, 9, 8))
     forms = {
-        conv_pass: any(c.descriptors for c in strided_conv_gpu._configs(odd, on_gpu, conv_pass))
+        conv_pass: any(c.descriptors for c in strided_conv_gpu.configs(odd, on_gpu, conv_pass))
         for conv_pass in ("up", "down")
     }
     assert forms == {"up": capability >= (9, 0), "down": False}
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not any(c.descriptors for c in strided_conv_gpu._configs(WIDE, on_gpu, "up"))
+    assert not any(c.descriptors for c in strided_conv_gpu.configs(WIDE, on_gpu, "up"))
 
 
 def test_descriptors_are_tried_where_they_fit() -> None:

@@ -70,30 +70,36 @@ def test_every_configuration(
     size: tuple[int, ...], dtype: torch.dtype, precision: str, conv_pass: str
 ) -> None:
     from pygan.kernels import strided_conv, strided_conv_weight
-    from pygan.kernels.strided_conv_configs import configs, with_descriptors
+    from pygan.kernels.strided_conv_configs import configs, with_descriptors, with_statistics
 
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     small, big, weight = maps(size, dtype)
     plain = reference(conv_pass, small, big, weight)
     oracle = reference(conv_pass, small.double(), big.double(), weight.double())
     given = (conv_pass, size[1], size[4], dtype, precision)
-    found = configs(*given)
-    if gpu.copies_tensors(small.device) and (conv_pass == "up" or size[2] % 2 == 0):
-        found += with_descriptors(*given)
-    for config in found:
-        about = f"{conv_pass} {size} {dtype} {precision} {config}"
+    copies = gpu.copies_tensors(small.device) and (conv_pass == "up" or size[2] % 2 == 0)
+    found = [(config, False) for config in configs(*given)]
+    if conv_pass != "weight_grad":
+        found += [(config, True) for config in with_statistics(*given)]
+    for statistics in (False, True) if copies else ():
+        found += [(config, statistics) for config in with_descriptors(*given, statistics)]
+    for config, statistics in found:
+        about = f"{conv_pass} {size} {dtype} {precision} {config} {statistics}"
         if conv_pass == "weight_grad":
             y = torch.full_like(weight, torch.nan, dtype=torch.float32)
             strided_conv_weight.weight_grad(y, small, big, config, precision, 264)
         else:
             y = torch.full_like(big if conv_pass == "up" else small, torch.nan)
             pair = (small, y) if conv_pass == "up" else (y, big)
-            partials = strided_conv.partials(conv_pass, *pair, 1, config).fill_(torch.nan)
+            partials = None
+            if statistics:
+                partials = strided_conv.partials(conv_pass, *pair, 1, config).fill_(torch.nan)
             strided_conv.run(conv_pass, *pair, weight, config, precision, statistics=partials)
-            count, mean, _ = partials.double().unbind(2)
-            averages = [t.double().mean((0, 2, 3)) for t in (plain, oracle)]
-            triple = ((count * mean).sum((0, 1)) / count.sum((0, 1)), *averages)
-            assert_accurate_convolution(f"mean {about}", *triple, dtype)
+            if partials is not None:
+                count, mean, _ = partials.double().unbind(2)
+                averages = [t.double().mean((0, 2, 3)) for t in (plain, oracle)]
+                triple = ((count * mean).sum((0, 1)) / count.sum((0, 1)), *averages)
+                assert_accurate_convolution(f"mean {about}", *triple, dtype)
         weight_grad = conv_pass == "weight_grad"
         assert_accurate_convolution(about, y, plain, oracle, dtype, weight_grad=weight_grad)
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 import pygan
 from pygan.errors import UserError
 from pygan.functional import conv2d
-from pygan.ops import cuda_native, gpu, image_conv_cuda, strided_conv_gpu, tuning
+from pygan.ops import (
+    cuda_native,
+    gpu,
+    image_conv_cuda,
+    norm_conv_gpu,
+    strided_conv_gpu,
+    tuning,
+)
 from pygan.ops import strided_conv as op
 
 pytest.importorskip("triton")
@@ -291,6 +298,14 @@ CPU = torch.device("cpu")
 SHAPE = strided_conv_gpu.Shape(torch.bfloat16, LAST, (2, 64, 4, 4), (2, 32, 8, 8), "tf32")
 
 
+def forget_choices() -> None:
+    """What this process knows beside the file."""
+    strided_conv_gpu._passes.cache_clear()
+    strided_conv_gpu._up_with_tanh.cache_clear()
+    norm_conv_gpu._with_statistics.cache_clear()
+    norm_conv_gpu._normalizing.cache_clear()
+
+
 @pytest.fixture
 def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine whose times are in ``times``, torch's 1.0, and which keeps what was timed."""
@@ -312,13 +327,13 @@ def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             return tuning.Tuner.choose(self.tuner, key, candidates, baseline)
 
     machine = Machine()
-    monkeypatch.setattr(strided_conv_gpu, "_interpreted", lambda: False)
+    monkeypatch.setattr(strided_conv_gpu, "interpreted", lambda: False)
     monkeypatch.setattr(strided_conv_gpu, "_capturing", lambda: machine.capturing)
     monkeypatch.setattr(tuning, "device_stamp", lambda device: "a GPU")
     monkeypatch.setattr(strided_conv_gpu, "_tuner", lambda stamp: machine.tuner)
-    strided_conv_gpu._passes.cache_clear()
+    forget_choices()
     yield machine
-    strided_conv_gpu._passes.cache_clear()
+    forget_choices()
 
 
 def test_random_numbers_stay_those_of_the_training(tuner: Any) -> None:
@@ -333,11 +348,11 @@ def passes(named: str | None = None) -> strided_conv_gpu.Passes:
 
 
 def test_the_fastest_way_runs(tuner: Any) -> None:
-    fast = strided_conv_gpu._configs(SHAPE, CPU, "down")[-1]
-    tuner.times = {strided_conv_gpu._name(fast): 0.5}
+    fast = strided_conv_gpu.configs(SHAPE, CPU, "down")[-1]
+    tuner.times = {strided_conv_gpu.name_of(fast): 0.5}
     found = passes()
     assert found.down == fast
-    assert found.up is None or strided_conv_gpu._name(found.up) in tuner.times
+    assert found.up is None or strided_conv_gpu.name_of(found.up) in tuner.times
     assert len(tuner.asked) == 3
     assert passes() is found
     strided_conv_gpu._passes.cache_clear()
@@ -348,8 +363,8 @@ def test_the_fastest_way_runs(tuner: Any) -> None:
 def test_descriptors_may_win(tuner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = SHAPE._replace(big_size=(2, 64, 8, 8))
     monkeypatch.setattr(gpu, "copies_tensors", lambda device: True)
-    found = {p: strided_conv_gpu._configs(wide, CPU, p)[-1] for p in ("up", "down")}
-    tuner.times = {strided_conv_gpu._name(config): 0.5 for config in found.values()}
+    found = {p: strided_conv_gpu.configs(wide, CPU, p)[-1] for p in ("up", "down")}
+    tuner.times = {strided_conv_gpu.name_of(config): 0.5 for config in found.values()}
     won = strided_conv_gpu.passes(wide, CPU, None)
     assert (won.up, won.down, won.weight_grad) == (found["up"], found["down"], None)
     assert won.up.descriptors and won.down.descriptors
@@ -364,11 +379,11 @@ def test_torch_stays_where_nothing_is_faster(tuner: Any) -> None:
 def test_nothing_is_timed_during_capture(tuner: Any) -> None:
     tuner.capturing = True
     assert passes()[1:] == (None, None, None)
-    first = tuple(strided_conv_gpu._configs(SHAPE, CPU, p)[0] for p in strided_conv_gpu.PASSES)
+    first = tuple(strided_conv_gpu.configs(SHAPE, CPU, p)[0] for p in strided_conv_gpu.PASSES)
     assert passes(named="triton")[1:] == first
     assert tuner.asked == []
     tuner.capturing = False
-    tuner.times = {strided_conv_gpu._name(config): 0.5 for config in first}
+    tuner.times = {strided_conv_gpu.name_of(config): 0.5 for config in first}
     assert any(config is not None for config in passes()[1:])
     tuner.capturing = True
     assert any(config is not None for config in passes()[1:])

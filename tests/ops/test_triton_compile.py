@@ -183,6 +183,32 @@ def norm_act_variants() -> list[Launch]:
     return list(found.values())
 
 
+def coefficients_variants() -> list[Launch]:
+    """The kernels that merge parts, many and few, and make coefficients, with all that they may be
+    given and with as little."""
+    from pygan.kernels import norm_act_coefficients as kernels
+
+    found: dict[str, Launch] = {}
+    for channels, rows, full in itertools.product((64, 33), (8192, 40), (True, False)):
+        parts = torch.empty((2, rows, 3, channels), device="meta")
+        statistics, coefficients = torch.empty((2, 2, channels), device="meta"), parts[:, 0]
+        weight, bias, mean, var = torch.empty((4, channels), device="meta")
+        affine, running = ((weight, bias), (mean, var)) if full else ((None, None), None)
+        filled, last = (coefficients, statistics, running), (*affine, 1e-5)
+
+        def run(
+            filled: Any = filled, last: Any = last, affine: Any = affine, parts: Any = parts
+        ) -> None:
+            coefficients, statistics, running = filled
+            kernels.merge(statistics, coefficients, running, parts, *affine, 0.1, 1e-5)
+            kernels.from_statistics(*filled, *last)
+
+        for each in launches(run):
+            found.setdefault(f"{each.name}-{each.multiples}", each)
+    assert len({each.kernel for each in found.values()}) == 3
+    return list(found.values())
+
+
 def resources(cubin: Path) -> tuple[int, int]:
     """Registers a thread and bytes of stack, from the machine code."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -221,6 +247,14 @@ def require_fit(compiled: Any, capability: int, folder: Path) -> None:
 def blocks_of(registers: int, warps: int) -> int:
     """How many blocks the registers of a multiprocessor are enough for. A warp gets them by 256."""
     return REGISTERS // (warps * 256 * -(-registers * 32 // 256))
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("launch", coefficients_variants(), ids=lambda launch: launch.name)
+def test_coefficients_compile_as_they_are_launched(
+    launch: Launch, capability: int, tmp_path: Path
+) -> None:
+    require_fit(launch.compiled(capability), capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))

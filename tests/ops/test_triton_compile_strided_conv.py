@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -26,6 +27,9 @@ pytestmark = [
 ]
 
 SIZES = ("images", "height", "width", "big_height", "big_width", "small_channels", "big_channels")
+PASSES = ("up", "down", "weight_grad")
+KINDS = (("half", "bf16", "tf32"), ("tf32", "fp32", "tf32"), ("ieee", "fp32", "ieee"))
+CHANNELS = 256
 WHOLE = ("small_channels", "big_channels")  # multiples of 16, but big_channels of flat kernels
 
 
@@ -35,42 +39,53 @@ class Variant(NamedTuple):
     capability: int
     dtype: str = "bf16"
     precision: str = "tf32"
-    normalized: bool = False
+    normalized: str = "none"  # "small" or "big", the map that is normalized as it is read
     one_channel: bool = False
-    plain: bool = False  # no bias, no statistics
+    bias: bool = True
+    statistics: bool = False
 
     @property
     def copies_ahead(self) -> bool:
         """Whether both operands go to shared memory while others are multiplied."""
-        plain = not (self.config.flat or self.one_channel or self.normalized)
-        return plain and self.capability >= 90 and self.precision == "tf32"
+        if self.config.flat or self.one_channel or self.normalized != "none":
+            return False
+        return self.capability >= 90 and self.precision == "tf32"
 
     @property
     def name(self) -> str:
         tile = "x".join(map(str, self.config[:3]))
         form = f"{self.config.phases}{'flat' if self.config.flat else ''}"
-        extra = "-normalized" * self.normalized + "-one" * self.one_channel + "-plain" * self.plain
+        extra = f"-{self.normalized}" * (self.normalized != "none") + "-one" * self.one_channel
+        extra += "-bias" * self.bias + "-statistics" * self.statistics
         kind = f"{self.dtype}-{self.precision}" if self.dtype == "fp32" else self.dtype
         return f"{self.conv_pass}-{tile}-{form}-{kind}-sm{self.capability}{extra}"
 
 
 def variants() -> list[Variant]:
-    from pygan.kernels.strided_conv_configs import CONFIGS
+    """Every form in which a configuration is launched, in bfloat16 and in both ways to multiply
+    float32."""
+    from pygan.kernels.strided_conv_configs import CONFIGS, FUSED
 
     found = []
-    for conv_pass, configs in CONFIGS["half"].items():
-        found += [Variant(conv_pass, c, at) for at in SHARED_LIMIT for c in configs]
-        if conv_pass != "weight_grad":
-            found += [Variant(conv_pass, c, at, plain=True) for at in SHARED_LIMIT for c in configs]
-        found.append(Variant(conv_pass, configs[0], 90, "fp16"))
-        found.append(Variant(conv_pass, configs[0], 90, normalized=True))
-        found.append(Variant(conv_pass, configs[-1], 90, one_channel=True))
-        for precision in ("tf32", "ieee"):
-            for at in SHARED_LIMIT:
-                found += [
-                    Variant(conv_pass, c, at, "fp32", precision)
-                    for c in CONFIGS[precision][conv_pass]
-                ]
+    for conv_pass, (kind, dtype, precision), at in itertools.product(PASSES, KINDS, SHARED_LIMIT):
+        # The map that is normalized, and whether statistics are taken.
+        forms = [("none", True)]
+        if kind != "ieee":
+            reads = {"up": ("small",), "down": ("big",), "weight_grad": ("small", "big")}
+            forms += itertools.product(reads[conv_pass], (False, True))
+        launched = [(config, "none", False) for config in CONFIGS[kind][conv_pass]]
+        launched += [(config, *form) for config in FUSED[kind][conv_pass] for form in forms]
+        for config, normalized, statistics in launched:
+            usual = Variant(conv_pass, config, at, dtype, precision, normalized)
+            if conv_pass != "weight_grad":
+                each = usual._replace(statistics=statistics)
+                found += [each, each._replace(bias=False)]
+            elif not statistics:
+                found.append(usual)
+        if kind == "half" and at == 90:
+            configs = CONFIGS[kind][conv_pass]
+            found.append(Variant(conv_pass, configs[0], at, "fp16"))
+            found.append(Variant(conv_pass, configs[-1], at, one_channel=True))
     return found
 
 
@@ -88,7 +103,8 @@ def compiled(variant: Variant) -> tuple[int, bytes]:
         kernel = strided_conv_weight.weight_grad_kernel
         types = {"p_sums": "*fp32", "p_small": maps, "p_big": maps} | arrays
         types |= {"splits": "i32", "chunk": "i32"}
-        constants |= {"NORMALIZED": 2 if variant.normalized else 0, "FLAT": config.flat}
+        order = ("none", "small", "big")
+        constants |= {"NORMALIZED": order.index(variant.normalized), "FLAT": config.flat}
     else:
         up = variant.conv_pass == "up"
         kernel = strided_conv.up_kernel if up else strided_conv.down_kernel
@@ -96,8 +112,8 @@ def compiled(variant: Variant) -> tuple[int, bytes]:
         types = {y: maps, "p_partials": "*fp32", x: maps, "p_weight": maps, "p_bias": "*fp32"}
         types |= arrays | {"tiles": "i32"}
         # More does not always spill more: the assembler sets itself another limit for less.
-        constants |= {"BIAS": not variant.plain, "STATISTICS": not variant.plain}
-        constants |= {"NORMALIZED": variant.normalized}
+        constants |= {"BIAS": variant.bias, "STATISTICS": variant.statistics}
+        constants |= {"NORMALIZED": variant.normalized != "none"}
         constants |= {"PHASES": config.phases} if up else {"FLAT": config.flat}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     if variant.one_channel:
@@ -160,25 +176,28 @@ class Copied(NamedTuple):
     capability: int
     dtype: torch.dtype
     size: int  # rows and columns of small, which shape the boxes
-    plain: bool  # no bias, no statistics
+    bias: bool
+    statistics: bool
 
     @property
     def name(self) -> str:
         tile = "x".join(map(str, self.config[:3]))
-        kind = f"{self.dtype}".removeprefix("torch.") + "-plain" * self.plain
+        kind = f"{self.dtype}".removeprefix("torch.")
+        kind += "-bias" * self.bias + "-statistics" * self.statistics
         return f"{self.conv_pass}-{tile}-of-{self.size}-{kind}-sm{self.capability}"
 
 
 def copied() -> list[Copied]:
-    from pygan.kernels.strided_conv_configs import DESCRIPTORS
+    from pygan.kernels.strided_conv_configs import with_descriptors
 
     found = []
-    for kind, dtype in (("half", torch.bfloat16), ("tf32", torch.float32)):
-        for conv_pass, configs in DESCRIPTORS[kind].items():
-            for config in configs:
-                for at in (at for at in SHARED_LIMIT if at >= 90):
-                    found.append(Copied(conv_pass, config, at, dtype, 4, False))
-                    found.append(Copied(conv_pass, config, at, dtype, 64, True))
+    capabilities = [at for at in SHARED_LIMIT if at >= 90]
+    forms = [(4, True, True), (16, False, True), (8, True, False), (64, False, False)]
+    for dtype, conv_pass in itertools.product((torch.bfloat16, torch.float32), PASSES[:2]):
+        for (size, bias, statistics), at in itertools.product(forms, capabilities):
+            given = (conv_pass, CHANNELS, CHANNELS, dtype, "tf32", statistics)
+            for config in with_descriptors(*given):
+                found.append(Copied(conv_pass, config, at, dtype, size, bias, statistics))
     return found
 
 
@@ -188,14 +207,16 @@ def copying(variant: Copied) -> tuple[int, bytes, str, str]:
 
     conv_pass, config, size = variant.conv_pass, variant.config, variant.size
     small, big = (
-        torch.empty((40, 256, each, each), dtype=variant.dtype, device="meta")
+        torch.empty((40, CHANNELS, each, each), dtype=variant.dtype, device="meta")
         for each in (size, 2 * size)
     )
-    weight = torch.empty((256, 4, 4, 256), dtype=variant.dtype, device="meta")
-    extra: tuple[Any, ...] = ()
-    if not variant.plain:
+    weight = torch.empty((CHANNELS, 4, 4, CHANNELS), dtype=variant.dtype, device="meta")
+    bias, partials = None, None
+    if variant.bias:
+        bias = torch.empty(CHANNELS, device="meta")
+    if variant.statistics:
         partials = strided_conv.partials(conv_pass, small, big, 1, config)
-        extra = (torch.empty(256, device="meta"), partials)
+    extra = (bias, partials)
     (launch,) = launches(
         lambda: strided_conv.run(conv_pass, small, big, weight, config, "tf32", *extra)
     )
@@ -226,7 +247,7 @@ def test_descriptors_compile_to_bulk_copies(
     assert blocks_of(registers, config.warps) >= 1
     for rank in (2, 4 if variant.conv_pass == "up" else 5):
         assert f"cp.async.bulk.tensor.{rank}d.shared" in ptx
-    if variant.plain:
+    if not variant.bias:
         assert "ld.global" not in ptx, "something is loaded value by value"
     products = re.findall(r"ttng\.(?:warp_group_dot|tc_gen5_mma) %.*", ttgir)
     assert products
