@@ -52,19 +52,24 @@ def forward(
     from pygan.kernels import norm_act as kernels
 
     x, layout = dense(x)
-    training, momentum, eps, activation, slope, groups = settings
+    training, momentum, eps, activation, slope, groups, averaged = settings
     y, map, f = torch.empty_like(x), _map(x, layout, groups), ACTIVATIONS[activation]
     running = None
     if running_mean is not None and running_var is not None and given is None:
         running = running_mean, running_var
-    found = given
+    found, variance = given, None
     if found is None:
         found = x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
     with gpu.on(x.device):
         if training and given is None:
+            if averaged and running is not None:
+                variance = torch.empty_like(found[0])
+            followed = running if variance is None else None
             kernels.statistics_and_values(
-                y, found, running, x, weight, bias, map, momentum, eps, f, slope
+                y, found, variance, followed, x, weight, bias, map, momentum, eps, f, slope
             )
+            if running is not None and variance is not None:
+                gpu.follow_mean(*running, found[0], variance, momentum)
         else:
             kernels.values(y, found, running, x, weight, bias, map, eps, f, slope)
     if training and running is not None:
