@@ -63,7 +63,8 @@ PYBIND11_MODULE(_cuda, module) {
       "norm_act_forward",
       [](const pygan::NormActShape& shape, Address x, Address weight, Address bias, bool training,
          double eps, double momentum, Address running_mean, Address running_var, Address y,
-         Address mean, Address invstd, Address coefficients, Address scratch, Address stream) {
+         Address mean, Address invstd, Address coefficients, Address variance, Address scratch,
+         Address stream) {
         const pygan::NormActForward args{shape,
                                          pointer<const void>(x),
                                          pointer<const float>(weight),
@@ -79,12 +80,13 @@ PYBIND11_MODULE(_cuda, module) {
                                          pointer<float>(coefficients),
                                          pointer<double>(scratch)};
         py::gil_scoped_release release;
-        raise_unless_ok(cuda::norm_act_forward(args, pointer<void>(stream)));
+        raise_unless_ok(
+            cuda::norm_act_forward(args, pointer<float>(variance), pointer<void>(stream)));
       },
       py::arg("shape"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("training"),
       py::arg("eps"), py::arg("momentum"), py::arg("running_mean"), py::arg("running_var"),
-      py::arg("y"), py::arg("mean"), py::arg("invstd"), py::arg("coefficients"), py::arg("scratch"),
-      py::arg("stream"));
+      py::arg("y"), py::arg("mean"), py::arg("invstd"), py::arg("coefficients"),
+      py::arg("variance"), py::arg("scratch"), py::arg("stream"));
 
   module.def(
       "norm_act_backward",

@@ -34,7 +34,9 @@ Outcome image_batch(const ImageBatch& args, Stream stream);
 
 // float64 elements, for the `scratch` of the structs.
 int64_t norm_act_scratch(const NormActShape& shape);
-Outcome norm_act_forward(const NormActForward& args, Stream stream);
+// In training `variance` gets the unbiased one, [groups, channels]; or null. In evaluation with
+// running statistics these are mean and variance, and fill mean and invstd.
+Outcome norm_act_forward(const NormActForward& args, float* variance, Stream stream);
 Outcome norm_act_backward(const NormActBackward& args, Stream stream);
 
 // The image layers: strided_conv of pygan.h with 1 to 4 big channels, by direct kernels. Of the

@@ -195,6 +195,7 @@ def _apply(
 def norm_act_whole_kernel(
     p_y,
     p_statistics,
+    p_var,
     p_running_mean,
     p_running_var,
     p_x,
@@ -215,7 +216,8 @@ def norm_act_whole_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Statistics [2, groups, C] and y of a block of channels, ``run`` groups one after another."""
+    """Statistics [2, groups, C], the unbiased var [groups, C] and y of a block of channels,
+    ``run`` groups one after another."""
     i_program = tl.program_id(0)
     i_channel = i_program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     i_first = i_program // channel_blocks * run
@@ -245,8 +247,11 @@ def norm_act_whole_kernel(
         p_mean = p_statistics + o_group + i_channel
         tl.store(p_mean, mean, mask=m_channel)
         tl.store(p_mean + tl.cast(groups, tl.int64) * channels, invstd, mask=m_channel)
+        var *= tl.cast(unbiased, tl.float32)
+        if p_var is not None:
+            tl.store(p_var + o_group + i_channel, var, mask=m_channel)
         running_mean += momentum * (mean - running_mean)
-        running_var += momentum * (var * tl.cast(unbiased, tl.float32) - running_var)
+        running_var += momentum * (var - running_var)
         if p_y is not None:
             _apply(
                 p_y + o_group * rows,
@@ -310,6 +315,7 @@ def norm_act_moments_kernel(
 @triton.jit
 def norm_act_merge_kernel(
     p_statistics,
+    p_var,
     p_running_mean,
     p_running_var,
     p_partial,
@@ -329,7 +335,8 @@ def norm_act_merge_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Partial [groups, blocks, 2, C] -> statistics [2, groups, C], and the running ones."""
+    """Partial [groups, blocks, 2, C] -> statistics [2, groups, C], the unbiased var [groups, C] and
+    the running statistics."""
     i_program = tl.program_id(0)
     i_channel = i_program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     i_first = i_program // channel_blocks * run
@@ -367,8 +374,11 @@ def norm_act_merge_kernel(
         tl.store(p_statistics + o_mean, mean, mask=m_channel)
         o_invstd = o_mean + tl.cast(groups, tl.int64) * channels
         tl.store(p_statistics + o_invstd, invstd, mask=m_channel)
+        var *= tl.cast(unbiased, tl.float32)
+        if p_var is not None:
+            tl.store(p_var + o_mean, var, mask=m_channel)
         running_mean += momentum * (mean - running_mean)
-        running_var += momentum * (var * tl.cast(unbiased, tl.float32) - running_var)
+        running_var += momentum * (var - running_var)
     if p_running_mean is not None:
         tl.store(p_running_mean + i_channel, running_mean, mask=m_channel)
         tl.store(p_running_var + i_channel, running_var, mask=m_channel)
@@ -439,6 +449,7 @@ def norm_act_apply_kernel(
 def statistics_and_values(
     y: torch.Tensor | None,
     statistics: torch.Tensor,
+    variance: torch.Tensor | None,
     running: tuple[torch.Tensor, torch.Tensor] | None,
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -449,7 +460,8 @@ def statistics_and_values(
     activation: int,
     slope: float,
 ) -> None:
-    """Training: fills ``statistics [2, groups, C]`` and y where wanted; ``running`` follow."""
+    """Training: fills ``statistics [2, groups, C]``, and y and the unbiased ``variance``
+    ``[groups, C]`` where wanted; ``running`` follow."""
     mean, var = (None, None) if running is None else running
     # Running statistics follow group by group, so one program takes all groups of its channels.
     run = 1 if running is None else map.groups
@@ -457,7 +469,7 @@ def statistics_and_values(
     programs = map.channel_blocks * (map.groups // run)
     if map.whole:
         norm_act_whole_kernel[(programs,)](
-            *(y, statistics, mean, var, x, weight, bias),
+            *(y, statistics, variance, mean, var, x, weight, bias),
             *(map.rows, map.channels, map.size, map.groups, run, map.channel_blocks),
             *(float(momentum), unbiased, float(eps), float(slope)),
             ACTIVATION=activation,
@@ -479,8 +491,9 @@ def statistics_and_values(
     )
     channel_blocks = triton.cdiv(map.channels, MERGED_CHANNELS)
     norm_act_merge_kernel[(channel_blocks * (map.groups // run),)](
-        *(statistics, mean, var, partial, x, map.rows, map.block_rows, map.blocks, map.channels),
-        *(map.size, map.groups, run, channel_blocks, float(momentum), unbiased, float(eps)),
+        *(statistics, variance, mean, var, partial, x, map.rows, map.block_rows, map.blocks),
+        *(map.channels, map.size, map.groups, run, channel_blocks),
+        *(float(momentum), unbiased, float(eps)),
         CHANNELS_LAST=map.channels_last,
         BLOCK_B=MERGED,
         BLOCK_C=MERGED_CHANNELS,

@@ -392,7 +392,7 @@ def gradients(
             **tile,
         )
         if partial is not None:
-            _merge(None, dweight, dbias, partial, 1, map)
+            _merge(None, dweight, dbias, partial, map.groups, map._replace(groups=1))
         return
     programs = map.channel_blocks * map.groups * map.blocks
     sums = None
@@ -406,7 +406,10 @@ def gradients(
         )
         if training and dx is not None:
             sums = x.new_empty((map.groups, 2, map.channels), dtype=torch.float32)
-        _merge(sums, dweight, dbias, partial, map.blocks, map)
+        # Where nobody asks for the sums of a group, those of all are merged as one group's.
+        merged = map if sums is not None else map._replace(groups=1)
+        blocks = map.blocks * (map.groups // merged.groups)
+        _merge(sums, dweight, dbias, partial, blocks, merged)
     if dx is not None:
         norm_act_grad_kernel[(programs,)](
             *(dx, sums, x, dy, statistics, weight, bias, map.rows, map.block_rows, map.blocks),

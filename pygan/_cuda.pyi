@@ -31,6 +31,7 @@ def norm_act_forward(
     mean: int,
     invstd: int,
     coefficients: int,
+    variance: int,
     scratch: int,
     stream: int,
 ) -> None: ...

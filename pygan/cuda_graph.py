@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pygan.capturable import line_of, users_line
+from pygan.ops.tuning import Tuner, cuda_timer, device_stamp
 
 _GIB = 2**30
 _WAITS = "called a synchronizing CUDA operation"
@@ -26,7 +27,7 @@ class CaptureError(RuntimeError):
 
 
 class CudaRecording:
-    """A captured step and the tensor that it leaves its results in."""
+    """A captured step, or several, and the tensor that it leaves its results in."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, out: Tensor, owner: CudaGraphs) -> None:
         self._graph, self._out, self._owner = graph, out, owner
@@ -50,6 +51,7 @@ class CudaGraphs:
         self._last: torch.cuda.Stream | None = None
         self._pool: Any = None
         self._alive = 0
+        self._choices: Tuner | None = None
 
     def is_capturing(self) -> bool:
         """Whether somebody else's graph is being captured."""
@@ -130,6 +132,31 @@ class CudaGraphs:
         assert out is not None
         self._alive += 1
         return CudaRecording(graph, out, self)
+
+    def clock(self, run: Callable[[], Any]) -> float:
+        """Milliseconds of a call on the current stream, from a device that has nothing to do; those
+        in which it waits for the host count."""
+        with torch.cuda.device(self._device):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.current_stream().synchronize()
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+            return float(start.elapsed_time(stop))
+
+    def _tuner(self) -> Tuner:
+        if self._choices is None:
+            self._choices = Tuner(device_stamp(self._device), cuda_timer)
+        return self._choices
+
+    def known(self, key: str, candidates: Sequence[str]) -> str | None:
+        """What was found to be the fastest here before."""
+        return self._tuner().known(key, dict.fromkeys(candidates))
+
+    def keep(self, key: str, choice: str) -> None:
+        """Remembers what was found to be the fastest."""
+        self._tuner().keep(key, choice)
 
     def _own(self, generators: Sequence[torch.Generator]) -> Iterator[torch.Generator]:
         # torch registers the device's own by itself.

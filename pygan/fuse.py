@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from pygan import layers as _layers
 from pygan.errors import UserError
-from pygan.ops import dispatch
+from pygan.ops import dispatch, gpu
 from pygan.pending import Readers
 from pygan.sequential import (
     BATCH_NORMS,
@@ -69,8 +69,9 @@ def fuse(
     gradient of :func:`pygan.functional.binary_cross_entropy`, wherever the sigmoid is.
 
     Deep copies, pickles, ``.to``, train and eval mode and a second call all work; :func:`unfuse`
-    undoes it. On a GPU the layers of a ``nn.Sequential`` run fused, in the layout they come in; on
-    other devices the network runs as it did.
+    undoes it. On a GPU norms run together with the activation behind them, and 4x4 convolutions of
+    stride 2 by kernels where these are faster, all in the layout they come in; 3x3 convolutions are
+    torch's. On other devices the network runs as it did.
 
     Args:
         module: any network, or a ``nn.BCELoss``.
@@ -175,6 +176,8 @@ def _why_not_here(layer: nn.Module) -> str | None:
 def _is_leaf(layer: nn.Module) -> bool:
     """Whether a layer outside a ``nn.Sequential`` may run with what follows it, or by a kernel."""
     if isinstance(layer, CONVOLUTIONS):
+        if any(gpu.holds(tensor) for tensor in layer.parameters(recurse=False)):
+            return is_strided(layer)  # folded forms have no kernels there
         plain = type(layer) in CONVOLUTIONS or _is_parametrized(layer)
         return is_strided(layer) or (plain and layer.groups == 1 and layer.dilation == (1, 1))
     return isinstance(layer, _layers.NORMS)
@@ -190,8 +193,6 @@ def _why_not_leaf(layer: nn.Module) -> str | None:
         return "it has groups or a dilation"
     if _layers.watched(layer):
         return "it has hooks"
-    if any(tensor.is_cuda for tensor in layer.parameters(recurse=False)):
-        return "on a GPU only layers inside a nn.Sequential are fused"
     return "its forward has been replaced" if "forward" in vars(layer) else None
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pygan.ops import dispatch, norm_act, strided_conv
+from pygan.ops import dispatch, gpu, native, norm_act, strided_conv
 from pygan.ops.folded_conv import upsample_conv2d
 from pygan.ops.norm_act import Settings
 from pygan.ops.norm_conv import Conv
@@ -23,6 +23,7 @@ from pygan.pending import (
     Convolved,
     Map,
     Normed,
+    NormedAtOnce,
     Observed,
     Pending,
     Readers,
@@ -87,13 +88,17 @@ def _instance_norm(
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Any:
-        tracked = running_mean is not None or running_var is not None
+        running = (running_mean, running_var)
         one_value = first.dim() < 3 or first.shape[2:].numel() < 2
-        if input is not first or tracked or not use_input_stats or one_value:
+        if input is not first or not _with_running_statistics(use_input_stats, *running):
             return NotImplemented
-        settings = Settings(True, momentum, eps, "none", 0.0, first.shape[0])
+        averaged = use_input_stats and running_mean is not None
+        if one_value or (averaged and not gpu.holds(first)):
+            return NotImplemented
+        groups = first.shape[0] if use_input_stats else 1
+        settings = Settings(use_input_stats, momentum, eps, "none", 0.0, groups, averaged)
         # torch puts out contiguous maps whatever the layout of its input.
-        return _normed(first, func, (None, None), weight, bias, settings, torch.contiguous_format)
+        return _normed(first, func, running, weight, bias, settings, torch.contiguous_format)
 
     return bound(*args, **kwargs)
 
@@ -108,12 +113,18 @@ def _normed(
     format: torch.memory_format | None = None,
 ) -> Tensor:
     x = first.value()
-    if x.numel() == 0 or norm_act.supports_cpu(x, *running, weight, bias) is not None:
+    if x.numel() == 0 or not norm_act.has_kernel(x, *running, weight, bias):
         return NotImplemented
     settings = norm_act.checked_settings(x, *running, settings)
-    first.lent = True
-    source = Normed(x, running, weight, bias, settings)
-    return hand_on(source, x.shape, format or first.format, first.readers.of(func))
+    readers = first.readers.of(func)
+    source: Normed | NormedAtOnce
+    if gpu.holds(x):
+        source = NormedAtOnce(x, running, weight, bias, settings, readers)
+        first.lent |= source.reads_again
+    else:
+        source = Normed(x, running, weight, bias, settings)
+        first.lent = True
+    return hand_on(source, x.shape, format or first.format, readers)
 
 
 def _activation(
@@ -125,8 +136,13 @@ def _activation(
     if not args or args[0] is not first or not isinstance(slope, int | float):
         return NotImplemented
     source = first.fresh()
+    slope = float(slope) if name == "leaky_relu" else 0.0
+    activated: Normed | Map | None = None
     if isinstance(source, Normed) and source.settings.activation == "none":
-        activated = source.activated(name, float(slope) if name == "leaky_relu" else 0.0)
+        activated = source.activated(name, slope)
+    elif isinstance(source, NormedAtOnce) and (made := source.activated(name, slope)) is not None:
+        activated = Map(made)
+    if activated is not None:
         if not in_place:
             return hand_on(activated, first.shape, first.format, first.readers.of(func))
         if type(first) is Pending:
@@ -193,6 +209,8 @@ def _dropout2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[s
 def _interpolate(
     first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
+    if gpu.holds(first):
+        return _on_map(first, func, args, kwargs)
     given = dict(zip(("input", "size", "scale_factor", "mode"), args, strict=False)) | kwargs
     doubled = given.pop("scale_factor", None) in (2, (2, 2), [2, 2])
     doubled &= given.pop("mode", "nearest") == "nearest" and given.pop("input", None) is first
@@ -249,7 +267,7 @@ def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         if first.dim() != 4 or isinstance(padding, str) or weight.dim() != 4:
             return NotImplemented
         geometry = (tuple(weight.shape[2:]), *map(pair, (stride, padding, dilation)), groups)
-        source = first.fresh()
+        source, folds = first.fresh(), not gpu.holds(first)
         y = None
         if geometry == STRIDED and isinstance(source, Normed):
             y = source.convolved(Conv("down", weight, bias))
@@ -258,14 +276,14 @@ def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         elif geometry == POINTWISE and isinstance(source, Upsampled):
             # The same values four times: computed once.
             return _doubled(first, func, F.conv2d(source.small(), weight, bias))
-        elif geometry == SAME_SIZED and _is_pooled(first.readers.of(func)):
+        elif geometry == SAME_SIZED and folds and _is_pooled(first.readers.of(func)):
             first.lent = True
             shape = torch.Size((first.shape[0], weight.shape[0], *first.shape[2:]))
             later = Convolved(in_last(first.value()), weight, bias)
             return hand_on(later, shape, first.format, first.readers.of(func))
         if y is None:
             x = first.value()
-            learning = geometry == SAME_SIZED and may_be_pooled(first.readers.of(func))
+            learning = geometry == SAME_SIZED and folds and may_be_pooled(first.readers.of(func))
             if learning or strided_conv.has_kernel(False, x.shape, weight.shape, geometry[1:]):
                 x = in_last(x)
             y = strided_conv.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -363,8 +381,7 @@ def may_enter(x: Any) -> bool:
     """Whether operations on a plain tensor may be taken over."""
     return (
         type(x) is Tensor
-        and x.is_cpu
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in (gpu.DTYPES if gpu.holds(x) else native.DTYPES if x.is_cpu else ())
         and dispatch.wished() == "auto"
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from pygan.known_operations import SAME_SIZED, may_be_pooled, may_enter
-from pygan.ops import strided_conv
+from pygan.known_operations import SAME_SIZED, STRIDED, may_be_pooled, may_enter
+from pygan.ops import gpu, strided_conv
 from pygan.ops.binary_cross_entropy import with_lost_gradient
 from pygan.pending import Readers, entered, format_of, is_little, plain, taken_in
 
@@ -35,9 +35,14 @@ def enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if readers is None:
         readers = vars(layer)["_readers"] = Readers()
     if isinstance(layer, NORMS):
-        # Worth it only where an operation takes the activation along.
+        # Worth it only where an operation takes the activation along. On a GPU no other one gains.
         found = readers.after.values()
-        serves = input.dim() > 1 and (not found or any(r.known or not r.asked for r in found))
+        if gpu.holds(input):
+            serves = input.dim() > 1 and (
+                not found or any(not r.asked or r.foreseen()[0] != "none" for r in found)
+            )
+        else:
+            serves = input.dim() > 1 and (not found or any(r.known or not r.asked for r in found))
         serves &= not is_little(input)
     else:
         serves = input.dim() == 4 and not torch.is_inference_mode_enabled()
@@ -57,6 +62,8 @@ def _gains(layer: nn.Module, x: Tensor, readers: Readers) -> bool:
     a, b = ends if transposed else reversed(ends)
     size = (a, b // layer.groups, *layer.kernel_size)
     geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    if gpu.holds(x):
+        return (layer.kernel_size, *geometry) == STRIDED
     if strided_conv.has_kernel(transposed, x.shape, size, geometry):
         return True
     if transposed or (layer.kernel_size, *geometry) != SAME_SIZED:
@@ -80,6 +87,9 @@ def take_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
                 _keep_shown(layer)
             inside += layer._modules.values()
     if not args or not may_enter(args[0]) or args[0].dim() != 4 or args[0].shape[2:].numel() == 1:
+        return None
+    if gpu.holds(args[0]):
+        # There only layers gain, which take it in themselves.
         return None
     format = format_of(args[0])
     if format is None or is_little(args[0]) or globally_hooked():

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pygan.ops import few_positions, norm_act, norm_conv
+from pygan.ops import few_positions, gpu, norm_act, norm_conv
 from pygan.ops.folded_conv import conv2d_avg_pool
 from pygan.ops.norm_act import Settings
 from pygan.ops.strided_conv import is_last, reordered
@@ -36,8 +36,8 @@ LEAST_MACS = 1 << 23
 
 def is_little(x: Tensor, weight: Tensor | None = None) -> bool:
     """Whether an operation on x, which is a convolution where there is a weight, is left to torch
-    for the little time that it takes."""
-    if not x.is_cpu:
+    for the little time that it takes; on a GPU a launch that is saved counts."""
+    if gpu.holds(x):
         return False
     if weight is None:
         return x.numel() < LEAST_ELEMENTS
@@ -49,10 +49,13 @@ def is_little(x: Tensor, weight: Tensor | None = None) -> bool:
 class Readers:
     """What reads the output of one place in a network, as its first call shows."""
 
-    __slots__ = ("after", "asked", "known", "others")
+    __slots__ = ("activation", "after", "asked", "known", "others", "varies")
 
     def __init__(self) -> None:
         self.asked = False
+        # With its slope; what varies from call to call is not foreseen.
+        self.activation: tuple[str, float] | None = None
+        self.varies = False
         self.known = False  # an operation that takes a pending tensor
         self.others = False  # one that needs the values
         self.after: dict[Any, Readers] = {}
@@ -60,6 +63,10 @@ class Readers:
     def of(self, operation: Any) -> Readers:
         """Those of what ``operation`` makes of that output."""
         return self.after.setdefault(operation, Readers())
+
+    def foreseen(self) -> tuple[str, float]:
+        """The activation that will read the output, as far as can be told."""
+        return ("none", 0.0) if self.varies or self.activation is None else self.activation
 
     def lead_to_fold(self) -> bool:
         """Whether an upsampling with a convolution behind it, or a convolution with a pooling
@@ -136,6 +143,59 @@ class Normed:
         return self._made
 
 
+class NormedAtOnce:
+    """``activation(batch_norm(x))`` on a GPU: made when the batch norm is called, in one launch
+    with the activation that followed in the call before. Where something else follows now, the
+    batch norm alone is made once more, with no effect on the running statistics."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        running: tuple[Tensor | None, Tensor | None],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        settings: Settings,
+        readers: Readers,
+    ) -> None:
+        self._activation, slope = self._foreseen = readers.foreseen()
+        self._settings, self._readers = settings, readers
+        self._graph = torch.is_grad_enabled()
+        arguments = (x, *running, weight, bias)
+        made = settings._replace(activation=self._activation, negative_slope=slope)
+        self._made = norm_act.norm_act(*arguments, **made._asdict())
+        if settings.training:
+            arguments = (x, None, None, weight, bias)
+        self._arguments = arguments
+        self._versions = _versions(arguments)
+
+    @property
+    def reads_again(self) -> bool:
+        """Whether x may be read once more."""
+        return self._activation != "none"
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        x, _, _, weight, bias = self._arguments
+        return tuple(t for t in (x, weight, bias) if t is not None)
+
+    def activated(self, activation: str, negative_slope: float) -> Tensor | None:
+        """With an activation behind it, None where it was not made with that one."""
+        seen = (activation, negative_slope)
+        if self._readers.activation not in (None, seen):
+            self._readers.varies = True
+        self._readers.activation = seen
+        as_now = self._graph == torch.is_grad_enabled()
+        return self._made if seen == self._foreseen and as_now else None
+
+    def value(self) -> Tensor:
+        if self._activation != "none":
+            _check(self, "batch norm")
+            self._readers.varies = True
+            with torch.set_grad_enabled(self._graph):
+                self._made = norm_act.norm_act(*self._arguments, **self._settings._asdict())
+            self._activation, self._foreseen = "none", ("none", 0.0)
+        return self._made
+
+
 class Upsampled:
     """The nearest upsampling by 2 of a map."""
 
@@ -183,10 +243,10 @@ class Convolved:
         return self._made
 
 
-Source = Map | Normed | Upsampled | Convolved
+Source = Map | Normed | NormedAtOnce | Upsampled | Convolved
 
 
-def _check(source: Normed | Upsampled | Convolved, what: str) -> None:
+def _check(source: Normed | NormedAtOnce | Upsampled | Convolved, what: str) -> None:
     if _versions(source._arguments) != source._versions:
         raise RuntimeError(
             f"what a fused {what} reads was changed in place before its output was read; "
@@ -230,7 +290,8 @@ class Observed(Tensor):
         self.readers.others = True
         if self.shown is None:
             graph, autocast = self._modes
-            with torch.set_grad_enabled(graph), torch.autocast("cpu", enabled=autocast):
+            kind = self.device.type
+            with torch.set_grad_enabled(graph), torch.autocast(kind, enabled=autocast):
                 self.shown = reordered(self.source.value(), self.format)
         return self.shown
 
@@ -375,12 +436,14 @@ def hand_on(
     """What a layer gives to whoever called it: pending where a known operation is the reader.
     Values in the layout shown are handed on as they are, but for those that ``may_fold``: to be
     seen by what a convolution is folded with."""
-    if saving_is_watched() or shape.numel() < LEAST_ELEMENTS:
+    like, *_ = source.inputs()
+    little = shape.numel() < LEAST_ELEMENTS and not gpu.holds(like)
+    if saving_is_watched() or little:
         return reordered(source.value(), format)
     there = isinstance(source, Map) and source.value().is_contiguous(memory_format=format)
+    may_fold &= not gpu.holds(like)
     if there and (not may_fold or (readers.asked and not readers.lead_to_fold())):
         return reordered(source.value(), format)
-    like, *_ = source.inputs()
     graph = torch.is_grad_enabled()
     tensor: Any
     if readers.known:
@@ -399,7 +462,7 @@ def hand_on(
         tensor.shown = value if isinstance(source, Map) else None
         tensor.source, tensor.promised, tensor.lent = source, [source], False
     tensor.readers, tensor.format = readers, format
-    tensor._modes = graph, torch.is_autocast_enabled("cpu")
+    tensor._modes = graph, torch.is_autocast_enabled(like.device.type)
     return tensor
 
 
@@ -413,7 +476,7 @@ def taken_in(x: Tensor, format: torch.memory_format, readers: Readers) -> Tensor
     tensor: Any = x.as_subclass(Observed)
     tensor.source, tensor.promised, tensor.lent, tensor.shown = Map(x), [Map(x)], False, x
     tensor.readers, tensor.format = readers, format
-    tensor._modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    tensor._modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
     return tensor
 
 
@@ -421,7 +484,7 @@ def entered(x: Tensor, format: torch.memory_format, readers: Readers) -> Observe
     """A plain tensor for one call of an operation that is known."""
     tensor = _without_values(Map(x), x.shape, x, format is not torch.contiguous_format)
     tensor.shown, tensor.readers, tensor.format = x, readers, format
-    tensor._modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    tensor._modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
     return tensor
 
 
@@ -436,6 +499,7 @@ def format_of(x: Tensor) -> torch.memory_format | None:
 
 
 def in_last(x: Tensor) -> Tensor:
-    """A map with its channels last; anything else as it is."""
+    """A map with its channels last; anything else as it is, and what is on a GPU, where a copy is a
+    launch more."""
     last = _LAST.get(x.dim())
-    return x if last is None else reordered(x, last)
+    return x if last is None or gpu.holds(x) else reordered(x, last)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pygan.known_operations import may_enter
 from pygan.layers import globally_hooked, is_own_hook, watched
-from pygan.ops import dispatch
+from pygan.ops import dispatch, gpu
 from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
 from pygan.ops.moments import Moments
 from pygan.ops.norm_act import Settings, current_groups, norm_act
@@ -389,12 +389,17 @@ class FusedSequential(nn.Sequential):
                 if conv is None:
                     told = None
                 else:
+                    shown = _shown_behind(shown, layers[runs[at + 1][0]])
                     next(pending)
             elif kind == "convolution":
                 told = _moments_for(runs, layers, at, input)
                 input = _convolution_layer(layers[i], activation, _opened(input, shown), told)
+                shown = _shown_behind(shown, layers[i])
             else:
                 input = _folded_layers(layers[i], activation, _opened(input, shown))
+                convolution = activation if kind == FOLDED[0] else layers[i]
+                assert convolution is not None
+                shown = _shown_behind(shown, convolution)
         return self._shown(input, shown, "output")
 
     def _called(
@@ -431,7 +436,7 @@ def _shown(input: Tensor, layers: list[nn.Module]) -> torch.memory_format | None
     go through as they come."""
     if isinstance(input, Observed):
         return input.format
-    if not may_enter(input) or input.dim() != 4 or not input.is_contiguous():
+    if not may_enter(input) or input.dim() != 4 or not input.is_contiguous() or gpu.holds(input):
         return None
     convolutions = [layer for layer in layers if isinstance(layer, CONVOLUTIONS)]
     # Only parameters: to ask for a weight that is computed may change it.
@@ -439,6 +444,16 @@ def _shown(input: Tensor, layers: list[nn.Module]) -> torch.memory_format | None
     if not convolutions or any(w is not None and w.dim() == 4 and is_last(w) for w in weights):
         return None
     return torch.contiguous_format
+
+
+def _shown_behind(
+    shown: torch.memory_format | None, convolution: nn.Module
+) -> torch.memory_format | None:
+    """The layout to show of what a convolution puts out: one with its weight's channels last leads
+    into that."""
+    weight = convolution._parameters.get("weight")
+    last = shown is not None and weight is not None and weight.dim() == 4 and is_last(weight)
+    return torch.channels_last if last else shown
 
 
 def _is_torchs(layer: nn.Module, follower: nn.Module | None, kind: str, input: Tensor) -> bool:

@@ -8,12 +8,16 @@
       tensors put in the place
       of those captured
     what a graph cannot repeat    eager for good, with one reason; nothing is half done
+    several steps given together  as many in one graph, beside that of one step, as were measured to
+                                  be fastest (:mod:`pygan.pace`)
 
-Every call is one training step in every state, and the numbers are those of eager steps.
+Every call is as many training steps as it was given in every state, and the numbers are those of
+eager steps.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -25,6 +29,7 @@ from torch import Tensor
 from pygan.capturable import PythonState, why_not_capturable
 from pygan.cuda_graph import CaptureError
 from pygan.errors import UserError
+from pygan.pace import SAMPLE, SIZES, Pace
 
 if TYPE_CHECKING:
     from pygan.step import AdversarialStep, StepResult
@@ -36,6 +41,7 @@ KEPT = 4
 # A graph that is captured anew all the time costs more than it saves.
 _TRIED = 8
 _REPLAYS_EACH = 8
+_NAMES = tuple(map(str, SIZES))
 
 
 class Inputs(NamedTuple):
@@ -47,9 +53,22 @@ class Inputs(NamedTuple):
     flip: Tensor | None = None
     z: Tensor | None = None
 
+    def at(self, place: int) -> Inputs:
+        """One step of several, whose images are chosen by rows ``[K, N]``."""
+        assert self.which is not None
+        flip = None if self.flip is None else self.flip[place]
+        return self._replace(which=self.which[place], flip=flip)
+
+    def run(self, first: int, count: int) -> Inputs:
+        """``count`` steps of several from ``first`` on."""
+        assert self.which is not None
+        rows = slice(first, first + count)
+        flip = None if self.flip is None else self.flip[rows]
+        return self._replace(which=self.which[rows], flip=flip)
+
 
 class Recording(Protocol):
-    """A captured step."""
+    """A captured step, or several."""
 
     def replay(self) -> Tensor: ...
 
@@ -69,6 +88,12 @@ class Graphs(Protocol):
         self, run: Callable[[], Tensor], generators: Sequence[torch.Generator]
     ) -> Recording: ...
 
+    def clock(self, run: Callable[[], Any]) -> float: ...
+
+    def known(self, key: str, candidates: Sequence[str]) -> str | None: ...
+
+    def keep(self, key: str, choice: str) -> None: ...
+
 
 class _Captured(NamedTuple):
     recording: Recording
@@ -86,11 +111,20 @@ class _Entry:
         self.steps = 0
         self.result: StepResult | None = None
         self.captured: _Captured | None = None
+        self.pace: Pace | None = None
+        self.size = 1  # steps of several
+        self.several: _Captured | None = None
 
     def close(self) -> None:
+        self.close_several()
         if self.captured is not None:
             self.captured.recording.close()
             self.captured = None
+
+    def close_several(self) -> None:
+        if self.several is not None:
+            self.several.recording.close()
+            self.several = None
 
 
 class GraphedStep:
@@ -146,7 +180,97 @@ class GraphedStep:
             if not self._capture(entry, inputs):
                 return self._step.run_eagerly(inputs)
         assert entry.captured is not None
-        return self._replay(entry.captured, inputs)
+        (result,) = self._replay(entry.captured, inputs)
+        return result
+
+    @property
+    def at_once(self) -> int:
+        """Steps that it gains to give together."""
+        if self.reason is not None or not self._entries:
+            return 1
+        newest = next(reversed(self._entries.values()))
+        one = newest.pace is not None and newest.pace.choice == 1
+        return 1 if newest.captured is None or one else SAMPLE
+
+    def several(self, inputs: Inputs) -> list[StepResult]:
+        """As many steps as ``which`` has rows.
+
+        Raises:
+            UserError: as one step does.
+        """
+        assert inputs.which is not None
+        if len(inputs.which) == 1:
+            return [self(inputs.at(0))]
+        found: list[StepResult] = []
+        while (left := len(inputs.which) - len(found)) > 0:
+            rest = inputs.run(len(found), left)
+            key = self._key(rest.at(0))
+            entry = self._ready(key)
+            pace = None if entry is None else self._pace(entry, key)
+            if entry is None or pace is None:
+                found.append(self(rest.at(0)))
+            elif pace.wanted is not None and left >= SAMPLE:
+                found += self._sample(entry, pace, key, rest.run(0, SAMPLE))
+            elif pace.choice is not None and left >= pace.choice > 1:
+                found += self._replayed(entry, pace, pace.choice, rest.run(0, pace.choice))
+            else:
+                found += [self(rest.at(i)) for i in range(left)]
+        return found
+
+    def _ready(self, key: Any) -> _Entry | None:
+        """What serves steps of this kind by a graph already."""
+        if self.reason is not None or self._graphs.is_capturing():
+            return None
+        entry = self._entries.get(key)
+        if entry is None or entry.captured is None or self._is_stale(entry):
+            return None
+        self._entries.move_to_end(key)
+        return entry
+
+    def _pace(self, entry: _Entry, key: Any) -> Pace:
+        if entry.pace is None:
+            entry.pace = Pace(self._graphs.known(self._name(key), _NAMES))
+        return entry.pace
+
+    def _name(self, key: Any) -> str:
+        """The kind of step, for what is kept of a measurement."""
+        step = self._step
+        about = (
+            [tuple(p.shape) for p in self._parameters],
+            [type(each).__name__ for each in (*self._modules, step.opt_g, step.opt_d)],
+            *(step.loss, step.amp, step.merge, step.tricks, step.ema is not None),
+            key[: len(Inputs._fields)],
+        )
+        return f"steps a replay {hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
+
+    def _sample(self, entry: _Entry, pace: Pace, key: Any, inputs: Inputs) -> list[StepResult]:
+        """``SAMPLE`` steps, timed."""
+        found: list[StepResult] = []
+        size = pace.wanted
+        assert size is not None
+
+        def run() -> None:
+            for first in range(0, SAMPLE, size):
+                found.extend(self._replayed(entry, pace, size, inputs.run(first, size)))
+
+        time = self._graphs.clock(run)
+        if pace.wanted == size:
+            pace.add(size, time)
+            if pace.choice is not None:
+                self._graphs.keep(self._name(key), str(pace.choice))
+        if pace.choice not in (None, entry.size):
+            entry.close_several()
+        return found
+
+    def _replayed(self, entry: _Entry, pace: Pace, size: int, inputs: Inputs) -> list[StepResult]:
+        """``size`` steps by one replay where a graph holds as many, else one by one."""
+        if size > 1 and pace.may_hold(size):
+            if entry.several is None or entry.size != size:
+                self._capture_several(entry, pace, size, inputs)
+            if entry.several is not None:
+                self._graphs.join()
+                return self._replay(entry.several, inputs, size)
+        return [self(inputs.at(i)) for i in range(size)]
 
     def _key(self, inputs: Inputs) -> Any:
         given = [None if t is None else (t.shape, t.dtype, t.device) for t in inputs]
@@ -238,6 +362,37 @@ class GraphedStep:
         logger.warning("the step runs without a CUDA graph, because %s", reason)
 
     def _capture(self, entry: _Entry, inputs: Inputs) -> bool:
+        assert entry.result is not None
+        found = self._recorded(inputs, self._step_on, entry.result)
+        if isinstance(found, str):
+            self._give_up(found)
+            return False
+        self._captures += 1
+        entry.captured = found
+        return True
+
+    def _capture_several(self, entry: _Entry, pace: Pace, size: int, inputs: Inputs) -> None:
+        """A graph of ``size`` steps in the place of that of another number."""
+        entry.close_several()
+        assert entry.result is not None
+
+        def steps(own: Inputs) -> Tensor:
+            return torch.stack([self._step_on(own.at(i)) for i in range(size)])
+
+        found = self._recorded(inputs, steps, entry.result)
+        if isinstance(found, str):
+            logger.info("no graph holds %d steps, because %s", size, found)
+            pace.fails(size)
+        else:
+            entry.several, entry.size = found, size
+
+    def _step_on(self, own: Inputs) -> Tensor:
+        return torch.stack(tuple(self._step.run_eagerly(own)))
+
+    def _recorded(
+        self, inputs: Inputs, run: Callable[[Inputs], Tensor], like: StepResult
+    ) -> _Captured | str:
+        """What ``run`` does with inputs of its own, or why it cannot be captured."""
         step, before = self._step, _Before(self)
         # So that gradients, and weights that autocast keeps in another type, are the graph's own.
         step.opt_g.zero_grad(set_to_none=True)
@@ -250,9 +405,7 @@ class GraphedStep:
             own = Inputs(
                 *(t if t is None or t is inputs.images else t.detach().clone() for t in inputs)
             )
-            recording = self._graphs.capture(
-                lambda: torch.stack(tuple(step.run_eagerly(own))), generators
-            )
+            recording = self._graphs.capture(lambda: run(own), generators)
             reason = before.replaced()
         except (CaptureError, torch.OutOfMemoryError) as error:
             sizes = ", ".join(str(list(t.shape)) for t in inputs if t is not None)
@@ -262,32 +415,32 @@ class GraphedStep:
             if recording is not None:
                 recording.close()
             before.restore()
-            self._give_up(reason or "nothing was recorded")
-            return False
-        assert entry.result is not None
-        self._captures += 1
-        entry.captured = _Captured(
+            return reason or "nothing was recorded"
+        return _Captured(
             recording,
             own,
             self._held(),
             [self._tensors, before.states, step.totals, step.generator, step.ema, step._noise],
             [(p, p.grad) for p in self._parameters if p.grad is not None],
-            entry.result,
+            like,
         )
-        return True
 
-    def _replay(self, captured: _Captured, inputs: Inputs) -> StepResult:
+    def _replay(self, captured: _Captured, inputs: Inputs, count: int = 1) -> list[StepResult]:
         with torch.no_grad():
             for own, given in zip(captured.inputs, inputs, strict=True):
                 if own is not None and given is not None and own is not given:
                     own.copy_(given)
-        found = captured.recording.replay().clone().unbind()
-        self._replays += 1
+        found = captured.recording.replay().clone().view(count, -1)
+        self._replays += count
         for parameter, grad in captured.grads:
             if parameter.grad is not grad:
                 parameter.grad = grad
         like = captured.result
-        return type(like)(*(v.to(t.dtype) for v, t in zip(found, like, strict=True)))
+        kind = type(like)
+        return [
+            kind(*(v.to(t.dtype) for v, t in zip(values.unbind(), like, strict=True)))
+            for values in found
+        ]
 
 
 def _value(value: Any) -> Any:

@@ -100,9 +100,9 @@ class Progress:
                 smoothing=0.05,
             )  # fmt: skip
 
-    def advance(self) -> None:
+    def advance(self, steps: int) -> None:
         if self._bar is not None:
-            self._bar.update(self._batch)
+            self._bar.update(steps * self._batch)
 
     def show(self, step: int, row: dict[str, float]) -> None:
         """`row` as the numbers of the steps up to `step` (counted from 1)."""
@@ -274,8 +274,14 @@ class Batches:
         self._epoch = -1
         self._orders = self._flips = torch.empty(0)
 
-    def update(self, networks: Networks, step: int) -> None:
-        """Trains on the batch of a step, which counts from 0.
+    def at_once(self, networks: Networks) -> int:
+        """Steps of one epoch that :meth:`update` may gain to make together."""
+        whole = self._part == slice(0, self._config.batch_size)
+        return networks.step.at_once if self.resident and self._config.fused and whole else 1
+
+    def update(self, networks: Networks, step: int, count: int = 1) -> None:
+        """Trains on the batch of a step, which counts from 0, and on those of the next ones up to
+        ``count``, which :meth:`at_once` allows.
 
         Images that are on the GPU are gathered as part of the update, by an order that went there
         once for the epoch.
@@ -283,16 +289,22 @@ class Batches:
         if not (self.resident and self._config.fused):
             networks.step(self.real(step), self.latent())
             return
-        index, flip = self.chosen(step)
         if self._part == slice(0, self._config.batch_size):
             networks.step.generator = self.generator
-            networks.step.gathered(self._images, index, flip=flip)
+            index, flip = self._rows(step, count)
+            networks.step.several(self._images, index, flip=flip)
         else:
+            index, flip = self.chosen(step)
             networks.step.gathered(self._images, index, flip=flip, z=self.latent())
 
     def chosen(self, step: int) -> tuple[Tensor, Tensor | None]:
         """Indices int64 ``[N]`` of the images of a step, and bool ``[N]`` which are mirrored, on
         the device."""
+        index, flip = self._rows(step, 1)
+        return index[0], None if flip is None else flip[0]
+
+    def _rows(self, step: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """The same for ``count`` steps of one epoch, a row for each."""
         epoch, position = divmod(step, self.order.steps_per_epoch)
         if epoch != self._epoch:
             first = epoch * self.order.steps_per_epoch
@@ -303,8 +315,9 @@ class Batches:
                 mirrored = np.stack([self._mirrored(i) for i in steps])
                 self._flips = self._uploaded(torch.from_numpy(mirrored))
             self._epoch = epoch
-        flips = self._flips[position, self._part] if self._config.flip else None
-        return self._orders[position, self._part], flips
+        rows = slice(position, position + count)
+        flips = self._flips[rows, self._part] if self._config.flip else None
+        return self._orders[rows, self._part], flips
 
     def _uploaded(self, host: Tensor) -> Tensor:
         """On the device, without waiting for it."""
@@ -491,11 +504,12 @@ class Training:
             while self.step < self.total and not stopping:
                 if self.config.noise:
                     self.networks.step.noise = self._noise()
-                self.batches.update(self.networks, self.step)
-                self.count += 1
-                self.step += 1
-                progress.advance()
-                # Asked once a step: a signal that comes later than this gets another step. Several
+                steps = self._steps_ahead()
+                self.batches.update(self.networks, self.step, steps)
+                self.count += steps
+                self.step += steps
+                progress.advance(steps)
+                # Asked here alone: a signal that comes later than this gets further steps. Several
                 # processes ask each other, where they talk to each other anyway.
                 if self.world.alone or self._due(self.config.log_every):
                     stopping = self.world.any(bool(stop.number), self.device)
@@ -506,6 +520,16 @@ class Training:
         finally:
             progress.close()
             self.batches.close()
+
+    def _steps_ahead(self) -> int:
+        """How many steps to make now: no more than there are until something has to be done
+        between two of them."""
+        if self.config.noise:
+            return 1
+        config, step = self.config, self.step
+        every = (config.log_every, config.save_every, config.sample_every, self.per_epoch)
+        until = [n - step % n for n in every if n is not None]
+        return min(self.batches.at_once(self.networks), self.total - step, *until)
 
     def _noise(self) -> float:
         """Its standard deviation in this step."""

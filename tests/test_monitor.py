@@ -351,8 +351,8 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch, at: int, times: int) -> list[int]
     """NaN gets into D in a step, as often as given; where training then was, again and again."""
     original, steps = Batches.update, []
 
-    def update(self: Batches, networks: Networks, step: int) -> None:
-        original(self, networks, step)
+    def update(self: Batches, networks: Networks, step: int, count: int) -> None:
+        original(self, networks, step, count)
         steps.append(step)
         if step == at and steps.count(at) <= times:
             with torch.no_grad():

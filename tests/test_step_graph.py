@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import random
 import re
@@ -20,6 +21,7 @@ import pygan
 from pygan import cuda_graph
 from pygan.capturable import line_of
 from pygan.cuda_graph import CaptureError
+from pygan.pace import SAMPLE, SAMPLES, SIZES, Pace
 from pygan.step_graph import KEPT, WARM_UP, GraphedStep
 
 SIZE, BATCH, NZ = 16, 8, 12
@@ -38,13 +40,15 @@ def one_thread() -> Iterator[None]:
 class Replay:
     """A step that is executed again, with the hyperparameters that it was captured with."""
 
-    def __init__(self, run: Callable[[], Tensor], optimizers: Sequence[Any]) -> None:
+    def __init__(
+        self, run: Callable[[], Tensor], shape: torch.Size, optimizers: Sequence[Any]
+    ) -> None:
         self.run, self.optimizers = run, optimizers
         groups = [g for o in optimizers for g in o.param_groups]
         self.grads = [(p, p.grad) for g in groups for p in g["params"] if p.grad is not None]
         self.groups = [self.hyperparameters(o) for o in optimizers]
-        self.out = torch.full((5,), float("nan"))
-        self.closed = False
+        self.out = torch.full(shape, float("nan"))
+        self.closed, self.done = False, 0
 
     @staticmethod
     def hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
@@ -57,6 +61,7 @@ class Replay:
 
     def replay(self) -> Tensor:
         assert not self.closed
+        self.done += 1
         now = [self.hyperparameters(o) for o in self.optimizers]
         shown = [p.grad for p, _ in self.grads]
         self._set(self.groups)
@@ -78,6 +83,9 @@ class StandIn:
     def __init__(self, step: pygan.AdversarialStep) -> None:
         self.step, self.replays = step, list[Replay]()
         self.capturing = False
+        self.times: dict[int, float] = {}  # of samples, by the steps a replay; others are slow
+        self.choices: dict[str, str] = {}
+        self.samples: list[int] = []
         step._graphed = GraphedStep(step, self, required=step.graph == "on")
 
     def is_capturing(self) -> bool:
@@ -89,9 +97,24 @@ class StandIn:
     def warm_up(self, run: Callable[[], Any], *, watch: bool) -> tuple[Any, str | None]:
         return run(), None
 
+    def clock(self, run: Callable[[], Any]) -> float:
+        before = [r.done for r in self.replays]
+        run()
+        # By the replays that served a sample.
+        made = sum(r.done for r in self.replays) - sum(before)
+        self.samples.append(SAMPLE // made)
+        return self.times.get(self.samples[-1], 9.0)
+
+    def known(self, key: str, candidates: Sequence[str]) -> str | None:
+        return self.choices.get(key)
+
+    def keep(self, key: str, choice: str) -> None:
+        self.choices[key] = choice
+
     def _tensors(self) -> list[Tensor]:
         step = self.step
         found = [*step.G.state_dict().values(), *step.D.state_dict().values()]
+        found += [] if step.ema is None else step.ema.network.state_dict().values()
         for optimizer in (step.opt_g, step.opt_d):
             found += [v for s in optimizer.state.values() for v in s.values()]
         for scaler in (step._scaler_g, step._scaler_d):
@@ -103,7 +126,7 @@ class StandIn:
         states = [g.get_state() for g in generators]
         self.capturing = True
         try:
-            run()
+            shape = run().shape
         except Exception as error:
             raise CaptureError(f"{error}, at {line_of(error)}") from error
         finally:
@@ -113,7 +136,7 @@ class StandIn:
                     tensor.copy_(value)
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-        self.replays.append(Replay(run, (self.step.opt_g, self.step.opt_d)))
+        self.replays.append(Replay(run, shape, (self.step.opt_g, self.step.opt_d)))
         return self.replays[-1]
 
 
@@ -553,9 +576,25 @@ class FakeCuda:
             def register_generator_state(self, generator: torch.Generator) -> None:
                 fake.calls.append("register")
 
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                fake.calls.append("record")
+
+            def synchronize(self) -> None:
+                fake.calls.append("wait for event")
+
+            def elapsed_time(self, stop: Event) -> float:
+                return 2.5
+
         class Stream:
             def __init__(self, device: Any = None) -> None:
                 self.waited = 0
+
+            def synchronize(self) -> None:
+                fake.calls.append("wait for stream")
 
             def wait_stream(self, other: Any) -> None:
                 self.waited += 1
@@ -575,6 +614,7 @@ class FakeCuda:
         for name, value in {
             "CUDAGraph": Graph,
             "Stream": Stream,
+            "Event": Event,
             "graph": graph,
             "stream": lambda stream: contextlib.nullcontext(),
             "device": lambda device: contextlib.nullcontext(),
@@ -778,3 +818,259 @@ def test_gpu_networks_serve_the_graphs_of_others() -> None:
         found.append(result.loss_d.item())
     assert len(set(found)) == 3
     assert step._graphed is not None and step._graphed.reason is None
+
+
+IMAGES = 40
+
+
+@functools.cache
+def bytes_of_images() -> Tensor:
+    """Always the same tensor: a graph reads it where it is."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (IMAGES, SIZE, SIZE, 1), dtype=torch.uint8, generator=g)
+
+
+def chosen(steps: Sequence[int], size: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, and rows of which ones, and of which are mirrored, for some steps."""
+    index = torch.tensor([[(7 * i + j) % IMAGES for j in range(size)] for i in steps])
+    return bytes_of_images(), index, index % 3 == 0
+
+
+def single_steps(step: pygan.AdversarialStep, count: int, size: int = BATCH) -> Tensor:
+    images, index, flip = chosen(range(count), size)
+    rows = zip(index, flip, strict=True)
+    return torch.stack([torch.stack(step.gathered(images, i, flip=f)) for i, f in rows])
+
+
+def steps_together(
+    step: pygan.AdversarialStep, runs: Sequence[int], size: int = BATCH, first: int = 0
+) -> Tensor:
+    images, index, flip = chosen(range(first, first + sum(runs)), size)
+    found = []
+    for rows, mirrored in zip(index.split(list(runs)), flip.split(list(runs)), strict=True):
+        found += step.several(images, rows, flip=mirrored)
+    return torch.stack([torch.stack(result) for result in found])
+
+
+MEASURED = SAMPLE * SAMPLES * len(SIZES)
+
+
+@pytest.mark.parametrize("fastest", SIZES)
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_steps_of_one_replay_are_single_steps_bit_for_bit(amp: str, fastest: int) -> None:
+    eager, graphed, graphs = pair(amp=amp)
+    graphs.times = {fastest: 2.0}
+    # The warm-up, all samples, runs that leave a rest, and runs too short for any.
+    runs = [1] * WARM_UP + [1, MEASURED // 2, MEASURED // 2 + 3, 17, 5, 1, 8]
+    losses = []
+    for step in (eager, graphed):
+        step.totals = torch.zeros(5)
+    losses.append(single_steps(eager, sum(runs)))
+    losses.append(steps_together(graphed, runs))
+    assert torch.equal(*losses)
+    require_equal(eager, graphed)
+    assert eager.totals is not None and graphed.totals is not None
+    assert torch.equal(eager.totals, graphed.totals)
+    assert eager.generator is not None and graphed.generator is not None
+    assert torch.equal(eager.generator.get_state(), graphed.generator.get_state())
+    assert graphs.samples == [size for size in SIZES for _ in range(SAMPLES)]
+    assert list(graphs.choices.values()) == [str(fastest)]
+    assert graphed.at_once == (1 if fastest == 1 else SAMPLE)
+    alive = sorted(len(r.out.view(-1, 5)) for r in graphs.replays if not r.closed)
+    assert alive == sorted({1, fastest})
+
+
+def test_no_more_than_two_graphs_serve_a_shape_while_it_is_measured() -> None:
+    _, graphed, graphs = pair()
+    steps_together(graphed, [1] * (WARM_UP + 1))
+    for i in range(MEASURED // SAMPLE):
+        steps_together(graphed, [SAMPLE], first=i * SAMPLE)
+        assert sum(not r.closed for r in graphs.replays) <= 2
+    # No number of steps was faster than one.
+    assert [r.closed for r in graphs.replays] == [False, True, True, True]
+    graphed.recapture()
+    assert all(r.closed for r in graphs.replays)
+
+
+def test_what_was_measured_before_is_not_measured_again() -> None:
+    eager, graphed, graphs = pair()
+    graphs.times = {4: 1.0}
+    steps_together(graphed, [1] * (WARM_UP + 1) + [MEASURED])
+    other = make()
+    again = StandIn(other)
+    again.choices = graphs.choices
+    assert other.at_once == 1
+    together = steps_together(other, [1] * WARM_UP + [1, 9, 3])
+    assert torch.equal(together, single_steps(eager, WARM_UP + 13))
+    require_equal(eager, other)
+    assert not again.samples
+    # The first of the step after the warm-up, two of four, and one by one what was left.
+    assert [(r.done, len(r.out.view(-1, 5))) for r in again.replays] == [(5, 1), (2, 4)]
+
+
+def test_shapes_have_graphs_of_several_steps_of_their_own() -> None:
+    eager, graphed, graphs = pair()
+    graphs.times = {2: 1.0}
+    for turn, size in enumerate((BATCH, 5, BATCH)):
+        runs = [1] * (WARM_UP + 1) + [MEASURED + 4]
+        assert torch.equal(
+            steps_together(graphed, runs, size), single_steps(eager, sum(runs), size)
+        ), turn
+    require_equal(eager, graphed)
+    assert len(graphs.choices) == 2
+    assert sum(not r.closed for r in graphs.replays) == 4
+
+
+@pytest.mark.parametrize("change", [_lower_rates, _load_optimizer, _evaluate, _weigh])
+def test_several_steps_see_changes_after_their_capture(
+    change: Callable[[pygan.AdversarialStep], None],
+) -> None:
+    eager, graphed, graphs = pair()
+    graphs.times = {4: 1.0}
+    runs = [1] * (WARM_UP + 1) + [MEASURED + 8]
+    found = []
+    for step in (eager, graphed):
+        ours = single_steps(step, sum(runs)) if step is eager else steps_together(step, runs)
+        change(step)
+        rest = single_steps(step, 20) if step is eager else steps_together(step, [12, 8])
+        found.append(torch.cat([ours, rest]))
+    assert torch.equal(*found)
+    require_equal(eager, graphed)
+    # What was measured holds for the graphs that take the place of the dropped ones.
+    last = [r for r in graphs.replays if not r.closed]
+    assert {len(r.out.view(-1, 5)) for r in last} == {1, 4} and all(r.done for r in last)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_where_no_graph_holds_several_steps_one_does(
+    known: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    eager, graphed, graphs = pair()
+    capture = graphs.capture
+
+    def short_of_memory(run: Callable[[], Tensor], generators: Any) -> Replay:
+        recorded = capture(run, generators)
+        if len(recorded.out.view(-1, 5)) > 2:
+            graphs.replays.pop()
+            raise CaptureError("there is not enough memory for its graph")
+        return recorded
+
+    graphs.capture = short_of_memory  # type: ignore[method-assign]
+    graphs.times = {2: 1.0}
+    if known:
+        graphs.known = lambda key, candidates: "8"  # type: ignore[method-assign]
+    runs = [1] * (WARM_UP + 1) + [MEASURED, 10]
+    with caplog.at_level(logging.INFO, "pygan"):
+        together = steps_together(graphed, runs)
+    assert torch.equal(together, single_steps(eager, sum(runs)))
+    require_equal(eager, graphed)
+    assert graphed._graphed is not None and graphed._graphed.reason is None
+    (said,) = [r.getMessage() for r in caplog.records if "no graph holds" in r.getMessage()]
+    assert said.startswith(f"no graph holds {8 if known else 4} steps") and "memory" in said
+    assert not graphs.choices
+    alive = sorted(len(r.out.view(-1, 5)) for r in graphs.replays if not r.closed)
+    assert alive == ([1] if known else [1, 2])
+
+
+@pytest.mark.parametrize("last", [Counting, Averaging, Drawing])
+def test_several_steps_that_no_graph_repeats_stay_eager(last: type[nn.Module]) -> None:
+    eager, graphed, graphs = pair(last=last, merge=False)
+    found = []
+    for step in (eager, graphed):
+        random.seed(1)
+        found.append(single_steps(step, 25) if step is eager else steps_together(step, [9, 16]))
+    assert torch.equal(*found)
+    require_equal(eager, graphed)
+    assert not graphs.replays and graphed.at_once == 1
+
+
+def test_several_steps_by_turns_stay_eager() -> None:
+    tricks = pygan.Tricks(n_critic=3)
+    one, other = make(tricks=tricks), make(tricks=tricks)
+    assert other.at_once == 1
+    assert torch.equal(single_steps(one, 11), steps_together(other, [4, 7]))
+    require_equal(one, other)
+
+
+def test_an_exception_among_several_steps_leaves_those_before_it() -> None:
+    eager, graphed, _ = pair(last=Raising, merge=False)
+    images, index, flip = chosen(range(6))
+    single_steps(eager, 4)
+    calls = [0]
+    forward = Raising.forward
+
+    def failing(self: Raising, x: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] > 12:  # the fifth step, of three calls each
+            raise RuntimeError("not now")
+        return forward(self, x)
+
+    graphed.D.main[-1].forward = failing.__get__(graphed.D.main[-1])
+    with pytest.raises(RuntimeError, match="not now"):
+        graphed.several(images, index, flip=flip)
+    ours, theirs = everything(graphed), everything(eager)
+    trained = [k for k in ours if "opt" in k or k.endswith((".weight", ".bias"))]
+    # It went through G, and half way into D.
+    assert trained and not [k for k in trained if not torch.equal(ours[k], theirs[k])]
+    assert not torch.equal(
+        ours["G.main.1.num_batches_tracked"], theirs["G.main.1.num_batches_tracked"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("times", "choice"),
+    [
+        ({1: 8.0, 2: 4.0, 4: 3.0, 8: 3.5}, 4),
+        ({1: 8.0, 2: 7.9, 4: 8.1, 8: 9.0}, 1),  # within noise
+        ({1: 8.0, 2: 7.0, 4: 6.0, 8: 5.0}, 8),
+    ],
+)
+def test_pace_is_the_fastest_beyond_noise(times: dict[int, float], choice: int) -> None:
+    pace = Pace()
+    seen = []
+    while (size := pace.wanted) is not None:
+        first = size not in seen
+        seen.append(size)
+        # The first replay of a graph takes longer.
+        pace.add(size, 100.0 if first else times[size])
+    assert seen == [size for size in SIZES for _ in range(SAMPLES)]
+    assert pace.choice == choice
+
+
+def test_cuda_times_a_call_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+    graphs = cuda_graph.CudaGraphs(torch.device("cpu"))
+    assert graphs.clock(lambda: fake.calls.append("run")) == 2.5
+    assert fake.calls == ["wait for stream", "record", "run", "record", "wait for event"]
+
+
+def test_cuda_keeps_what_was_measured_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "device_stamp", lambda device: "one GPU")
+    one, other = (cuda_graph.CudaGraphs(torch.device("cpu")) for _ in range(2))
+    one.keep("a kind of step", "4")
+    assert other.known("a kind of step", ("1", "4")) == "4"
+    assert other.known("another", ("1", "4")) is None
+    monkeypatch.setattr(cuda_graph, "device_stamp", lambda device: "another GPU")
+    assert cuda_graph.CudaGraphs(torch.device("cpu")).known("a kind of step", ("4",)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_gpu_several_steps_follow_their_inputs(amp: str) -> None:
+    losses, states = [], []
+    for together in (False, True):
+        step = gpu_step(amp=amp, graph="on")
+        count = WARM_UP + 1 + MEASURED + 20
+        images, index, flip = (t.cuda() for t in chosen(range(count)))
+        runs = [1] * count if not together else [1] * (WARM_UP + 1) + [MEASURED, 9, 3, 8]
+        found: list[Any] = []
+        for rows, mirrored in zip(index.split(runs), flip.split(runs), strict=True):
+            found += step.several(images, rows, flip=mirrored)
+        losses.append(torch.stack([torch.stack(result) for result in found]))
+        assert step.generator is not None
+        states.append(step.generator.get_state())
+    assert torch.equal(*states)
+    tolerance = 1e-2 if amp == "off" else 5e-2
+    first = slice(0, STEPS)  # later ones are apart by sums in another order
+    torch.testing.assert_close(losses[1][first], losses[0][first], rtol=tolerance, atol=tolerance)
+    assert losses[1].isfinite().all() and (losses[1].diff(dim=0)[:, 0] != 0).all()

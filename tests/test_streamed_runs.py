@@ -58,10 +58,10 @@ def test_a_run_that_was_stopped_anywhere_ends_as_one_left_alone(
     assert resume(parts, "--steps=17") == 0
     original = Batches.update
 
-    def dying(self: Batches, networks: object, step: int) -> None:
+    def dying(self: Batches, networks: object, step: int, count: int) -> None:
         if step == 23:
             raise KeyboardInterrupt
-        original(self, networks, step)  # type: ignore[arg-type]
+        original(self, networks, step, count)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "update", dying)

@@ -275,8 +275,8 @@ def _interrupting(monkeypatch: pytest.MonkeyPatch, number: int, at: int, times: 
     """Sends a signal to this process in the middle of step `at`."""
     steps = []
 
-    def advance(self: Progress) -> None:
-        steps.append(None)
+    def advance(self: Progress, count: int) -> None:
+        steps.extend([None] * count)
         if len(steps) == at:
             for _ in range(times):
                 os.kill(os.getpid(), number)

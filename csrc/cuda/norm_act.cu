@@ -16,6 +16,7 @@ constexpr int kRowsAtOnce = 4;
 constexpr int64_t kWantedBlocks = 1024;
 constexpr int64_t kLeastChunk = 4096;  // values of a map below which one more block does not pay
 constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kFewGroups = 4;  // that one block sums one after another
 
 // The map as the kernels walk it, in `chunks` parts of each group.
 //   channels_last: rows of C values; a block is `lanes` packs of channels by `rows` rows.
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
 struct Statistics {
   const float *weight, *bias;
   double eps, momentum;
-  float *running_mean, *running_var, *mean, *invstd, *coefficients;
+  float *running_mean, *running_var, *mean, *invstd, *coefficients, *variance;
 };
 
 __device__ void write_maps(float* maps, float* coefficients, int64_t channels, int64_t g, int64_t c,
@@ -202,14 +203,26 @@ __device__ void write_maps(float* maps, float* coefficients, int64_t channels, i
   }
 }
 
-// 32 channels a block; its warps share the chunks, group after group as the running statistics go.
+// Whose groups a block takes: a run of them where there are several blocks for as many channels.
+struct Groups {
+  int64_t begin, end;
+};
+
+__device__ Groups groups_of(const Walk& walk) {
+  const int64_t each = walk.groups / gridDim.y;
+  return {blockIdx.y * each, (blockIdx.y + 1) * each};
+}
+
+// 32 channels a block; its warps share the chunks, group after group as the running statistics go,
+// or one group where there are none.
 __global__ void __launch_bounds__(kThreads)
     statistics_kernel(float* maps, const double* partial, Walk walk, Statistics to) {
   __shared__ double shared[3][kWarps][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t C = walk.channels, c = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   const int64_t plane = static_cast<int64_t>(walk.groups) * walk.chunks * C;
-  for (int64_t g = 0; g < walk.groups; ++g) {
+  const Groups groups = groups_of(walk);
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
     double count = 0.0, mean = 0.0, m2 = 0.0;
     const auto merge = [&](double other_count, double other_mean, double other_m2) {
       if (other_count == 0.0) return;
@@ -238,6 +251,7 @@ __global__ void __launch_bounds__(kThreads)
     const float invstd = static_cast<float>(1.0 / sqrt(variance + to.eps));
     to.mean[g * C + c] = centre;
     to.invstd[g * C + c] = invstd;
+    if (to.variance) to.variance[g * C + c] = static_cast<float>(m2 / (count - 1.0));
     if (to.running_mean) {
       to.running_mean[c] =
           static_cast<float>(to.running_mean[c] + to.momentum * (mean - to.running_mean[c]));
@@ -252,12 +266,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Maps of statistics that are given.
+// Maps of statistics that are given: of mean and invstd, or of running ones, which fill these.
 __global__ void __launch_bounds__(kThreads)
     maps_kernel(float* maps, int64_t channels, Statistics from) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, g = blockIdx.y;
   if (c >= channels) return;
   const int64_t at = g * channels + c;
+  if (from.running_mean) {
+    from.mean[at] = from.running_mean[c];
+    from.invstd[at] = static_cast<float>(1.0 / sqrt(from.running_var[c] + from.eps));
+  }
   write_maps(maps, from.coefficients, channels, g, c, from.mean[at],
              from.invstd[at] * (from.weight ? from.weight[c] : 1.0f),
              from.bias ? from.bias[c] : 0.0f);
@@ -406,16 +424,18 @@ struct ParameterGrads {
   bool training;
 };
 
-// As statistics_kernel: the sums of each group become maps, those of all of them gradients.
+// As statistics_kernel: the sums of each group become maps, those of all of them gradients, or what
+// parameter_grads_kernel reads, in the first chunk's place.
 __global__ void __launch_bounds__(kThreads)
-    grads_kernel(float* maps, const double* partial, Walk walk, ParameterGrads to) {
+    grads_kernel(float* maps, double* partial, Walk walk, ParameterGrads to) {
   __shared__ double shared[2][kWarps][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t C = walk.channels, c = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   const int64_t plane = static_cast<int64_t>(walk.groups) * walk.chunks * C;
   const double count = static_cast<double>(walk.images) * walk.spatial;
+  const Groups groups = groups_of(walk);
   double dweight = 0.0, dbias = 0.0;
-  for (int64_t g = 0; g < walk.groups; ++g) {
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
     double first = 0.0, second = 0.0;
     if (c < C) {
       for (int k = warp; k < walk.chunks; k += kWarps) {
@@ -439,8 +459,38 @@ __global__ void __launch_bounds__(kThreads)
     float* own = maps + g * kMaps * C + c;
     own[kFirst * C] = to.training ? static_cast<float>(first / count) : 0.0f;
     own[kSecond * C] = to.training ? static_cast<float>(second * invstd * invstd / count) : 0.0f;
+    if (gridDim.y > 1) {
+      partial[g * walk.chunks * C + c] = first;
+      partial[plane + g * walk.chunks * C + c] = second * invstd;
+    }
   }
+  if (warp != 0 || c >= C || gridDim.y > 1) return;
+  if (to.dweight) to.dweight[c] = static_cast<float>(dweight);
+  if (to.dbias) to.dbias[c] = static_cast<float>(dbias);
+}
+
+// 32 channels a block; its warps share the groups.
+__global__ void __launch_bounds__(kThreads)
+    parameter_grads_kernel(const double* partial, Walk walk, ParameterGrads to) {
+  __shared__ double shared[2][kWarps][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t C = walk.channels, c = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const int64_t plane = static_cast<int64_t>(walk.groups) * walk.chunks * C;
+  double dweight = 0.0, dbias = 0.0;
+  if (c < C) {
+    for (int64_t g = warp; g < walk.groups; g += kWarps) {
+      dbias += partial[g * walk.chunks * C + c];
+      dweight += partial[plane + g * walk.chunks * C + c];
+    }
+  }
+  shared[0][warp][lane] = dweight;
+  shared[1][warp][lane] = dbias;
+  __syncthreads();
   if (warp != 0 || c >= C) return;
+  for (int w = 1; w < kWarps; ++w) {
+    dweight += shared[0][w][lane];
+    dbias += shared[1][w][lane];
+  }
   if (to.dweight) to.dweight[c] = static_cast<float>(dweight);
   if (to.dbias) to.dbias[c] = static_cast<float>(dbias);
 }
@@ -568,23 +618,26 @@ int64_t norm_act_scratch(const NormActShape& s) {
   return map_elements(s) + 2 * s.groups * s.channels * (scalar > packed ? scalar : packed);
 }
 
-Outcome norm_act_forward(const NormActForward& args, Stream stream) {
+Outcome norm_act_forward(const NormActForward& args, float* variance, Stream stream) {
   const NormActShape& s = args.shape;
   if (const Status status = check(s); status != Status::ok) return {status};
   if (empty(s)) return args.training ? Outcome{Status::bad_size} : Outcome{};
   if (!args.x || !args.mean || !args.invstd || !args.scratch ||
-      (!args.y && !args.training && !args.coefficients)) {
+      (!args.y && !args.training && !args.coefficients) ||
+      (!args.training && !args.running_mean != !args.running_var)) {
     return {Status::bad_pointer};
   }
   const int64_t pack = pack_of(s, aligned(args.x) && aligned(args.y));
   const Walk walk = walk_of(s, pack);
   const dim3 grid = grid_of(s, walk, pack);
   const Activated f{s.activation, s.negative_slope};
-  const Statistics statistics{args.weight,   args.bias,         args.eps,
-                              args.momentum, args.running_mean, args.running_var,
-                              args.mean,     args.invstd,       args.coefficients};
+  const Statistics statistics{args.weight,       args.bias,        args.eps,  args.momentum,
+                              args.running_mean, args.running_var, args.mean, args.invstd,
+                              args.coefficients, variance};
   float* maps = reinterpret_cast<float*>(args.scratch);
   double* partial = args.scratch + map_elements(s);
+  const bool in_turn = args.running_mean || args.running_var;
+  const unsigned runs = in_turn ? 1 : static_cast<unsigned>(s.groups);
   with_pack(s, pack, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int N = decltype(width)::value;
@@ -592,8 +645,8 @@ Outcome norm_act_forward(const NormActForward& args, Stream stream) {
     if (args.training) {
       launch(last(s) ? moments_last_kernel<T, N> : moments_first_kernel<T, N>, grid, kThreads,
              stream, partial, x, walk);
-      launch(statistics_kernel, dim3(channel_blocks(s, kWarp)), kThreads, stream, maps, partial,
-             walk, statistics);
+      launch(statistics_kernel, dim3(channel_blocks(s, kWarp), runs), kThreads, stream, maps,
+             partial, walk, statistics);
     } else {
       launch(maps_kernel, dim3(channel_blocks(s, kThreads), static_cast<unsigned>(s.groups)),
              kThreads, stream, maps, s.channels, statistics);
@@ -634,8 +687,14 @@ Outcome norm_act_backward(const NormActBackward& args, Stream stream) {
     if (args.dweight || args.dbias || (args.dx && args.training)) {
       launch(last(s) ? sums_last_kernel<T, N> : sums_first_kernel<T, N>, grid, kThreads, stream,
              partial, x, dy, maps, walk, f);
-      launch(grads_kernel, dim3(channel_blocks(s, kWarp)), kThreads, stream, maps, partial, walk,
-             ParameterGrads{args.invstd, args.dweight, args.dbias, args.training});
+      const ParameterGrads grads{args.invstd, args.dweight, args.dbias, args.training};
+      const unsigned runs = s.groups > kFewGroups ? static_cast<unsigned>(s.groups) : 1;
+      launch(grads_kernel, dim3(channel_blocks(s, kWarp), runs), kThreads, stream, maps, partial,
+             walk, grads);
+      if (runs > 1 && (args.dweight || args.dbias)) {
+        launch(parameter_grads_kernel, dim3(channel_blocks(s, kWarp)), kThreads, stream, partial,
+               walk, grads);
+      }
     }
     if (args.dx) {
       launch(last(s) ? input_grad_last_kernel<T, N> : input_grad_first_kernel<T, N>, grid, kThreads,

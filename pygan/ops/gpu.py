@@ -11,6 +11,24 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OLDEST_OF_TENSOR_COPIES = (9, 0)  # compute capability
 
 
+def holds(x: torch.Tensor) -> bool:
+    """Whether x is on a GPU, where a launch may take longer than what it computes."""
+    return x.is_cuda
+
+
+def follow_mean(
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    momentum: float,
+) -> None:
+    """Running statistics ``[C]`` follow the mean of those of all groups, ``[groups, C]``."""
+    with torch.no_grad():
+        running_mean.lerp_(mean.mean(0), momentum)
+        running_var.lerp_(variance.mean(0), momentum)
+
+
 def unfit(dtype: torch.dtype) -> str | None:
     """Reason that no kernel takes values of this type, or None."""
     return None if dtype in DTYPES else f"the dtype is {dtype}, not float32, bfloat16 or float16"

@@ -4,7 +4,8 @@
 
 Training: mean and (biased) variance over batch and space of each of ``groups`` equal runs of the
 batch; the running statistics follow group by group, with the unbiased variance: the numbers that
-``groups`` calls would give. Evaluation: the running statistics are mean and variance.
+``groups`` calls would give. ``averaged`` they follow once, the mean over the groups: with a group
+for each image this is instance norm. Evaluation: the running statistics are mean and variance.
 
 Backward, with dz = dy * f'(z), M values a channel and group:
 
@@ -33,6 +34,7 @@ from torch import Tensor
 from pygan.errors import UserError
 from pygan.ops import (
     dispatch,
+    gpu,
     map_memory,
     native,
     norm_act_cuda,
@@ -86,6 +88,7 @@ class Settings(NamedTuple):
     activation: str
     negative_slope: float
     groups: int
+    averaged: bool = False
 
 
 def norm_act_ref(
@@ -96,17 +99,33 @@ def norm_act_ref(
     bias: Tensor | None,
     settings: Settings,
 ) -> Tensor:
-    """The definition in torch: one ``batch_norm`` call a group, then the activation."""
-    training, momentum, eps, activation, negative_slope, groups = settings
-    z = [
-        F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps)
-        for part in (x.chunk(groups) if training else [x])
-    ]
-    return activate(z[0] if len(z) == 1 else torch.cat(z), activation, negative_slope)
+    """The definition in torch: one ``batch_norm`` call a group, or one ``instance_norm``, then the
+    activation."""
+    training, momentum, eps, activation, negative_slope, groups, averaged = settings
+    parameters = (running_mean, running_var, weight, bias, training, momentum, eps)
+    apart = averaged or (running_mean is None and running_var is None)
+    if training and apart and 1 < groups == x.shape[0] and x.dim() > 2:
+        z = F.instance_norm(x, *parameters)
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            z = z.contiguous(memory_format=torch.channels_last)
+        return activate(z, activation, negative_slope)
+    if averaged:
+        raise UserError(f"{groups} groups of {x.shape[0]} images are averaged; give one for each")
+    parts = x.chunk(groups) if training else [x]
+    zs = [F.batch_norm(part, *parameters) for part in parts]
+    return activate(zs[0] if len(zs) == 1 else torch.cat(zs), activation, negative_slope)
 
 
 def supports_cpu(x: Tensor, *parameters: Tensor | None) -> str | None:
     return _unfit(x, parameters) or dispatch.supports_cpu(x)
+
+
+def has_kernel(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether a kernel takes x where nothing else is wished for."""
+    if gpu.holds(x):
+        found = (_supports_cuda(x, *parameters), _supports_triton(x, *parameters))
+        return None in found
+    return supports_cpu(x, *parameters) is None
 
 
 def _supports_cuda(x: Tensor, *parameters: Tensor | None) -> str | None:
@@ -353,22 +372,26 @@ def norm_act(
     activation: str = "relu",
     negative_slope: float = 0.2,
     groups: int = 1,
+    averaged: bool = False,
     impl: str = "auto",
     given: Tensor | Moments | None = None,
 ) -> Tensor:
-    """See :func:`pygan.functional.norm_act`. With ``given``, from :func:`statistics` of x, the
-    running statistics have followed already; only the kernels take it. It may also be what a
-    convolution tells of x, which is used where kernels of a GPU run."""
+    """See :func:`pygan.functional.norm_act`; the CPU's kernels do not take ``averaged``. With
+    ``given``, from :func:`statistics` of x, the running statistics have followed already; only the
+    kernels take it. It may also be what a convolution tells of x, which is used where kernels of a
+    GPU run."""
     settings = checked_settings(
         x,
         running_mean,
         running_var,
-        Settings(training, momentum, eps, activation, negative_slope, groups),
+        Settings(training, momentum, eps, activation, negative_slope, groups, averaged),
     )
     # Statistics that are given are those of the CPU's kernels, whatever is wished.
     chosen = "cpu"
     if not (isinstance(given, Tensor) and impl == "auto" and x.is_cpu):
-        chosen = choose(impl, x, weight, bias, running_mean, running_var)
+        chosen = choose(
+            impl, x, weight, bias, running_mean, running_var, averaged=settings.averaged
+        )
     if chosen == "torch":
         if isinstance(given, Tensor):
             raise UserError("statistics are given, which only kernels take; leave them out")
@@ -390,6 +413,8 @@ def parts_for(moments: Moments | None, chosen: str, settings: Settings) -> Tenso
     use them."""
     if moments is None or not settings.training or moments.groups != settings.groups:
         return None
+    if settings.averaged:  # what merges them follows group by group
+        return None
     return moments.parts if chosen in ("cuda", "triton") else None
 
 
@@ -402,7 +427,7 @@ def checked_settings(
         UserError: they do not fit each other or x.
         ValueError: as ``batch_norm`` does, where a channel has a single value.
     """
-    training, _, _, activation, _, groups = settings
+    training, _, _, activation, _, groups, averaged = settings
     if activation not in ACTIVATIONS:
         raise UserError(f"activation is {activation!r}; it is one of {', '.join(ACTIVATIONS)}")
     if x.dim() < 2:
@@ -415,18 +440,26 @@ def checked_settings(
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
-    return settings if training else settings._replace(groups=1)
+    if not training:
+        return settings._replace(groups=1, averaged=False)
+    return settings._replace(averaged=averaged and groups > 1 and running_mean is not None)
 
 
-def choose(impl: str, x: Tensor, *parameters: Tensor | None) -> str:
+def choose(impl: str, x: Tensor, *parameters: Tensor | None, averaged: bool = False) -> str:
     """The implementation that runs: one of ``KERNELS``, or "torch"."""
+
+    def of_cpu() -> str | None:
+        if averaged:
+            return "running statistics follow the mean of groups only on a GPU"
+        return supports_cpu(x, *parameters)
+
     # The usual answer first: it is asked for in every layer of every step.
-    if impl == "auto" and dispatch.wished() == "auto" and supports_cpu(x, *parameters) is None:
+    if impl == "auto" and dispatch.wished() == "auto" and of_cpu() is None:
         return "cpu"
     candidates = [
         ("cuda", lambda: _supports_cuda(x, *parameters)),
         ("triton", lambda: _supports_triton(x, *parameters)),
-        ("cpu", lambda: supports_cpu(x, *parameters)),
+        ("cpu", of_cpu),
         ("torch", dispatch.always),
     ]
     return dispatch.choose("norm_act", impl, candidates)

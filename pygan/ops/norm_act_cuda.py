@@ -97,17 +97,19 @@ def _run_forward(
     coefficients: Tensor | None = None,
     given: Tensor | None = None,
 ) -> Tensor:
-    module, shape = cuda_native.module(), _shape(x, layout, settings)
-    training = settings.training and given is None
-    if given is not None:
-        found = given
-    elif training:
-        found = x.new_empty((2, settings.groups, x.shape[1]), dtype=torch.float32)
-    else:
+    if y is None and coefficients is None and given is None and not settings.training:
         assert running_mean is not None and running_var is not None
-        found = torch.stack([running_mean, torch.rsqrt(running_var + settings.eps)])
-        if y is None and coefficients is None:
-            return found.view(2, 1, -1)
+        return torch.stack([running_mean, torch.rsqrt(running_var + settings.eps)]).view(2, 1, -1)
+    module, shape = cuda_native.module(), _shape(x, layout, settings)
+    training, found = settings.training and given is None, given
+    running = None
+    if given is None and running_mean is not None and running_var is not None:
+        running = running_mean, running_var
+    if found is None:
+        found = x.new_empty((2, settings.groups, x.shape[1]), dtype=torch.float32)
+    averaged = training and running is not None and settings.averaged
+    variance = torch.empty_like(found[0]) if averaged else None
+    followed = (None, None) if running is None or averaged else running
     scratch = x.new_empty(module.norm_act_scratch(shape), dtype=torch.float64)
     cuda_native.run(
         module.norm_act_forward,
@@ -119,15 +121,17 @@ def _run_forward(
         training,
         settings.eps,
         settings.momentum,
-        address(running_mean) if training else 0,
-        address(running_var) if training else 0,
+        *map(address, followed),
         address(y),
         *_halves(found),
         address(coefficients),
+        address(variance),
         scratch.data_ptr(),
     )
-    if training and running_mean is not None and running_var is not None:
-        torch.autograd.graph.increment_version([running_mean, running_var])
+    if training and running is not None:
+        if variance is not None:
+            gpu.follow_mean(*running, found[0], variance, settings.momentum)
+        torch.autograd.graph.increment_version(list(running))
     return found
 
 

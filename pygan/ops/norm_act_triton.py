@@ -52,7 +52,7 @@ def forward(
     from pygan.kernels import norm_act as kernels
 
     x, layout = dense(x)
-    training, momentum, eps, activation, slope, groups = settings
+    training, momentum, eps, activation, slope, groups, averaged = settings
     y, map, f = torch.empty_like(x), _map(x, layout, groups), ACTIVATIONS[activation]
     running = None
     if running_mean is not None and running_var is not None and given is None:
@@ -62,14 +62,38 @@ def forward(
         found = x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
     with gpu.on(x.device):
         if training and given is None:
-            kernels.statistics_and_values(
-                y, found, running, x, weight, bias, map, momentum, eps, f, slope
-            )
+            _take(y, found, running, averaged, x, weight, bias, map, momentum, eps, f, slope)
         else:
             kernels.values(y, found, running, x, weight, bias, map, eps, f, slope)
     if training and running is not None:
         torch.autograd.graph.increment_version(list(running))
     return y, found
+
+
+def _take(
+    y: Tensor | None,
+    found: Tensor,
+    running: tuple[Tensor, Tensor] | None,
+    averaged: bool,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    map: Map,
+    momentum: float,
+    eps: float,
+    activation: int,
+    slope: float,
+) -> None:
+    """Statistics of x into ``found``, and y where wanted; running statistics follow each group, or
+    the mean of them where ``averaged``."""
+    from pygan.kernels import norm_act as kernels
+
+    variance = None if running is None or not averaged else torch.empty_like(found[0])
+    followed = running if variance is None else None
+    rest = (x, weight, bias, map, momentum, eps, activation, slope)
+    kernels.statistics_and_values(y, found, variance, followed, *rest)
+    if running is not None and variance is not None:
+        gpu.follow_mean(*running, found[0], variance, momentum)
 
 
 def coefficients(
@@ -83,10 +107,9 @@ def coefficients(
 ) -> tuple[Tensor, Tensor]:
     """Mean and invstd as ``[2, groups, C]``, ``given`` or of x, and as ``[groups, 3, C]`` what
     turns a channels_last x into z: mean, scale and shift. Running statistics follow those of x."""
-    from pygan.kernels import norm_act as kernels
     from pygan.kernels import norm_act_coefficients
 
-    training, momentum, eps, _, _, groups = settings
+    training, momentum, eps, _, _, groups, averaged = settings
     running = None
     if running_mean is not None and running_var is not None and given is None:
         running = running_mean, running_var
@@ -97,9 +120,7 @@ def coefficients(
     with gpu.on(x.device):
         if training and given is None:
             map, none = _map(x, 0, groups), ACTIVATIONS["none"]
-            kernels.statistics_and_values(
-                None, found, running, x, None, None, map, momentum, eps, none, 0.0
-            )
+            _take(None, found, running, averaged, x, None, None, map, momentum, eps, none, 0.0)
         frozen = None if training else running
         norm_act_coefficients.from_statistics(result, found, frozen, weight, bias, eps)
     if training and running is not None:

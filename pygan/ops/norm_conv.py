@@ -95,7 +95,7 @@ def _prepared(
         return None
     if not x.is_contiguous(memory_format=torch.channels_last):
         return None
-    norm = norm_act.choose("auto", x, *parameters)
+    norm = norm_act.choose("auto", x, *parameters, averaged=settings.averaged)
     if norm == "torch":
         return None
     moments = conv.moments

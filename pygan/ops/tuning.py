@@ -65,9 +65,17 @@ class Tuner:
             if (choice := self.known(key, candidates)) is not None:
                 return choice
             choice = self._measure(key, candidates, baseline)
-            self._choices = self._choices | self._read() | {key: choice}
-            self._write()
+            self._keep(key, choice)
             return choice
+
+    def keep(self, key: str, choice: str) -> None:
+        """Takes what was measured elsewhere."""
+        with self._lock:
+            self._keep(key, choice)
+
+    def _keep(self, key: str, choice: str) -> None:
+        self._choices = self._choices | self._read() | {key: choice}
+        self._write()
 
     def _measure(
         self, key: str, candidates: Mapping[str, Callable[[], Any]], baseline: str | None

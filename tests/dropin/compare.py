@@ -169,7 +169,7 @@ def _objective(outputs: list[Tensor], order: Tensor | None) -> Tensor:
     total = 0
     for i, y in enumerate(outputs):
         weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(i))
-        weights = weights.to(y.dtype)
+        weights = weights.to(y)
         total = total + (y * (weights if order is None else weights[order])).sum()
     assert isinstance(total, Tensor)
     return total

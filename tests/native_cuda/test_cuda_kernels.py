@@ -95,10 +95,16 @@ CASES = [
     ((4, 3, 20, 24), False, 2, "leaky_relu", True),
     ((3, 2, 5001), False, 1, "tanh", False),
     ((33, 16, 8, 8), True, 1, "leaky_relu", True),
+    # Instance norms: a group for each image.
+    ((6, 5, 3, 7), True, 6, "relu", True),
+    ((40, 33, 2, 2), True, 40, "leaky_relu", True),
+    ((7, 16, 9, 8), False, 7, "tanh", True),
+    ((5, 3, 90, 61), False, 5, "none", False),
+    ((5, 8, 64, 66), True, 5, "relu", True),
 ]
 
 
-@pytest.mark.parametrize("mode", ["training", "evaluation", "given"])
+@pytest.mark.parametrize("mode", ["training", "averaged", "evaluation", "given"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize(("shape", "last", "groups", "activation", "affine"), CASES)
 def test_norm_act(
@@ -113,8 +119,11 @@ def test_norm_act(
 ) -> None:
     if mode == "given" and dtype is not torch.bfloat16:
         return
+    if mode == "averaged" and groups != shape[0]:
+        return
     training = mode != "evaluation"
-    settings = Settings(training, 0.3, 1e-3, activation, 0.2, groups if training else 1)
+    averaged = mode == "averaged"
+    settings = Settings(training, 0.3, 1e-3, activation, 0.2, groups if training else 1, averaged)
     g = torch.Generator().manual_seed(1)
     # A mean of many deviations: sums of squares would lose it.
     x = (torch.randn(shape, generator=g) + 30).to(dtype)
@@ -135,7 +144,7 @@ def test_norm_act(
         found = torch.autograd.grad(y, leaves, dy.to(dtype))
         names = ("dx", "dweight", "dbias")[: len(found)]
         values = {"y": y.detach(), **dict(zip(names, found, strict=True))}
-        if mode == "training":
+        if mode in ("training", "averaged"):
             values |= {"running_mean": buffers[0], "running_var": buffers[1]}
         return values
 
@@ -151,7 +160,7 @@ def test_norm_act(
     grads = norm_act_cuda.backward(source, dy.to(device), *parameters, statistics, wants, settings)
     ours |= {k: v for k, v in zip(("dx", "dweight", "dbias"), grads, strict=True) if v is not None}
     assert y.stride() == x.stride()
-    if mode != "training":
+    if mode not in ("training", "averaged"):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(buffers, running, strict=True))
     for name in oracle:
         wide = torch.float32 if name not in ("y", "dx") else dtype
@@ -235,6 +244,7 @@ def test_norm_act_writes_its_outputs_only(
         for count in (2, 2, 1, 1)
     )
     coefficients = memory.array(torch.full((6 * channels,), float("nan")), offset)
+    variance = memory.array(torch.full((2 * channels,), float("nan")), offset)
     scratch = memory.array(
         torch.full((module.norm_act_scratch(shape),), float("nan"), dtype=torch.float64), 0
     )
@@ -242,7 +252,7 @@ def test_norm_act_writes_its_outputs_only(
     cuda_native.run(
         module.norm_act_forward,
         *(x, shape, p(x), 0, 0, True, 1e-5, 0.1, 0, 0),
-        *(p(y), p(mean), p(invstd), p(coefficients), p(scratch)),
+        *(p(y), p(mean), p(invstd), p(coefficients), p(variance), p(scratch)),
     )
     cuda_native.run(
         module.norm_act_backward,
@@ -250,7 +260,7 @@ def test_norm_act_writes_its_outputs_only(
         *(p(dx), p(dweight), p(dbias), p(scratch)),
     )
     memory.check()
-    outputs = (y, dx, mean, invstd, dweight, dbias, coefficients)
+    outputs = (y, dx, mean, invstd, dweight, dbias, coefficients, variance)
     assert not any(t.isnan().any() for t in outputs)
 
 

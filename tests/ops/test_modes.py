@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,25 @@ from pygan.ops import native
 HERE = Path(__file__).resolve().parent
 
 
-def run_again(marker: str, chosen: str = "", **environment: str) -> None:
-    tests = [
-        str(HERE / f"test_{name}.py")
-        for name in (
-            "strided_conv",
-            "strided_conv_triton",
-            "norm_conv",
-            "norm_conv_gpu",
-            "folded_conv",
-            "norm_act",
-            "gan_loss",
-            "image_batch",
-        )
-    ]
+OPERATIONS = tuple(
+    HERE / f"test_{name}.py"
+    for name in (
+        "strided_conv",
+        "strided_conv_triton",
+        "norm_conv",
+        "norm_conv_gpu",
+        "folded_conv",
+        "norm_act",
+        "norm_act_triton",
+        "gan_loss",
+        "image_batch",
+    )
+)
+
+
+def run_again(
+    marker: str, chosen: str = "", tests: Sequence[Path] = OPERATIONS, **environment: str
+) -> None:
     done = subprocess.run(
         [
             sys.executable,
@@ -41,7 +47,7 @@ def run_again(marker: str, chosen: str = "", **environment: str) -> None:
             chosen,
             "-p",
             "no:cacheprovider",
-            *tests,
+            *map(str, tests),
         ],
         env=os.environ | {"PYTEST_ADDOPTS": ""} | environment,
         capture_output=True,
@@ -70,6 +76,14 @@ def test_lower_instruction_sets(isa: str) -> None:
 def test_triton_interpreter() -> None:
     pytest.importorskip("triton")
     run_again("triton", TRITON_INTERPRET="1")
+
+
+@pytest.mark.triton
+@pytest.mark.slow
+def test_networks_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    networks = HERE.parent / "native_cuda" / "test_fused_networks.py"
+    run_again("triton", tests=[networks], TRITON_INTERPRET="1")
 
 
 @pytest.mark.native

@@ -35,6 +35,7 @@ class Case:
     momentum: float = 0.1
     eps: float = 1e-5
     device: str = "cpu"
+    averaged: bool = False
 
 
 def arrange(x: Tensor, layout: str) -> Tensor:
@@ -76,7 +77,7 @@ def run(case: Case, impl: str, wide: bool = False, second: bool = False) -> dict
         for k in ("x", "weight", "bias")
         if values[k] is not None
     }
-    y = norm_act(
+    y = op.norm_act(
         leaves["x"],
         values["running_mean"],
         values["running_var"],
@@ -88,6 +89,7 @@ def run(case: Case, impl: str, wide: bool = False, second: bool = False) -> dict
         activation=case.activation,
         negative_slope=0.2,
         groups=case.groups,
+        averaged=case.averaged,
         impl=impl,
     )
     result = {"y": y.detach()}
@@ -300,6 +302,17 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     arguments: dict[str, Any] = {"training": True} | change
     with pytest.raises(UserError, match=message):
         norm_act(torch.randn(4, 5, 3, 3), None, None, **arguments)
+
+
+def test_running_statistics_that_follow_a_mean_are_not_of_the_cpus_kernels() -> None:
+    arguments = (torch.randn(4, 5, 3, 3), torch.zeros(5), torch.ones(5))
+    with pytest.raises(UserError, match="only on a GPU"):
+        op.norm_act(*arguments, training=True, groups=4, averaged=True, impl="cpu")
+    with pytest.raises(UserError, match="give one for each"):
+        op.norm_act(*arguments, training=True, groups=2, averaged=True)
+    y = op.norm_act(*arguments, training=True, groups=4, averaged=True, activation="none")
+    torch.testing.assert_close(y, torch.nn.functional.instance_norm(arguments[0]))
+    assert arguments[1].ne(0).all()
 
 
 def test_one_value_a_channel_raises_as_torch_does() -> None:

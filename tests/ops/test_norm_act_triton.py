@@ -44,6 +44,12 @@ CASES = [
     Case((4, 5, 11), layout="strided"),
     Case((2, 7, 3, 4, 5), layout="channels_last"),
     Case((6, 3, 4, 4), layout="channels_last", offset=3000.0),
+    # Instance norms: a group for each image.
+    Case((5, 21, 6, 7), groups=5, averaged=True),
+    Case((7, 40, 2, 2), groups=7, averaged=True, layout="channels_last", activation="leaky_relu"),
+    Case((5, 3, 17, 19), groups=5, layout="channels_last", tracked=False, activation="tanh"),
+    Case((1, 9, 6, 5), groups=1, averaged=True),
+    Case((5, 21, 6, 7), groups=5, averaged=True, training=False),
 ]
 
 

@@ -145,12 +145,17 @@ def launches(run: Callable[[], object]) -> list[Launch]:
 
 
 def norm_act_launches(
-    shape: tuple[int, ...], last: bool, dtype: torch.dtype, activation: int, training: bool
+    shape: tuple[int, ...],
+    last: bool,
+    dtype: torch.dtype,
+    activation: int,
+    training: bool,
+    averaged: bool = False,
 ) -> list[Launch]:
-    """Forward and backward with all that they may be given."""
+    """Forward and backward with all that they may be given; ``averaged`` as instance norms are."""
     from pygan.kernels import norm_act, norm_act_grad
 
-    groups = 2 if training else 1
+    groups = (shape[0] if averaged else 2) if training else 1
     x = torch.empty(shape, dtype=dtype, device="meta")
     channels, size = shape[1], x.shape[2:].numel()
     statistics = x.new_empty((2, groups, channels), dtype=torch.float32)
@@ -158,9 +163,13 @@ def norm_act_launches(
     map = norm_act.cut(shape[0] // groups * size, channels, size, groups, last)
 
     def run() -> None:
-        forward = norm_act.statistics_and_values if training else norm_act.values
-        rates = (0.1, 1e-5) if training else (1e-5,)
-        forward(x, statistics, (mean, var), x, weight, bias, map, *rates, activation, 0.2)
+        if training:
+            variance, running = (statistics[0], None) if averaged else (None, (mean, var))
+            parameters = (weight, bias, map, 0.1, 1e-5, activation, 0.2)
+            norm_act.statistics_and_values(x, statistics, variance, running, x, *parameters)
+        else:
+            parameters = (weight, bias, map, 1e-5, activation, 0.2)
+            norm_act.values(x, statistics, (mean, var), x, *parameters)
         given = (weight, bias, x, x, statistics, weight, bias)
         norm_act_grad.gradients(x, *given, map, training, activation, 0.2)
 
@@ -177,6 +186,8 @@ def norm_act_variants() -> list[Launch]:
     kinds = [usual, (torch.bfloat16, tanh, False), (torch.bfloat16, none, True)]
     kinds.append((torch.float32, tanh, True))
     cases = [*itertools.product(shapes, kinds), ((8, 33, 9, 7), usual)]
+    averaged = (torch.bfloat16, tanh, True, True)
+    cases += [((8, 64, 16, 16), averaged), ((8, 64, 256, 256), averaged)]
     for (shape, kind), last in itertools.product(cases, (True, False)):
         for each in norm_act_launches(shape, last, *kind):
             found.setdefault(f"{each.name}-{each.multiples}", each)

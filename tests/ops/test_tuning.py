@@ -83,6 +83,16 @@ def test_choices_are_kept(tmp_path: Path) -> None:
     assert Tuner("other device", clock, tmp_path).known("key", candidates) is None
 
 
+def test_what_was_measured_elsewhere_is_kept(tmp_path: Path) -> None:
+    tuner = Tuner("device", Clock(), tmp_path)
+    assert tuner.choose("mine", ways(torch=1.0, ours=0.5), "torch") == "ours"
+    tuner.keep("theirs", "4")
+    for each in (tuner, Tuner("device", Clock(), tmp_path)):
+        assert each.known("theirs", dict.fromkeys("1248")) == "4"
+        assert each.known("theirs", dict.fromkeys("12")) is None
+        assert each.known("mine", {"ours": None}) == "ours"
+
+
 def test_two_processes_keep_both_choices(tmp_path: Path) -> None:
     one, two = (Tuner("device", Clock(), tmp_path) for _ in range(2))
     candidates = ways(torch=1.0, ours=0.5)
