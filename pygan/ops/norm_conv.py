@@ -81,6 +81,9 @@ def _prepared(
     return call if call and call.x.dtype is x.dtype and call.layer.native else None
 
 
+_BESIDE = {1: 0, 2: 0, 4: 3}  # in _NormConv's order
+
+
 class _NormConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -110,7 +113,7 @@ class _NormConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, statistics, coefficients, *_ = ctx.saved_tensors
-        up, settings, wants = ctx.up, ctx.settings, wanted_gradients(ctx)
+        up, settings, wants = ctx.up, ctx.settings, wanted_gradients(ctx, _BESIDE)
         dy = grads[0].contiguous(memory_format=torch.channels_last)
         dbias = dy.sum((0, 2, 3), dtype=torch.float32) if wants[4] else None
         if torch.is_grad_enabled():
@@ -135,7 +138,7 @@ class _NormConv(torch.autograd.Function):
 def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """Gradients of x, the norm's weight and bias and the weight as functions of all and dy."""
     x, norm_weight, norm_bias, weight, statistics, _, running_mean, running_var = ctx.saved_tensors
-    wants, settings, layer = wanted_gradients(ctx), ctx.settings, ctx.layer.plain(x.dtype)
+    wants, settings, layer = wanted_gradients(ctx, _BESIDE), ctx.settings, ctx.layer.plain(x.dtype)
     found: list[Tensor | None] = [None] * 4
     if any(wants[:3]):
         df = strided_conv.Conv.apply("down" if ctx.up else "up", dy, weight, None, layer, True)

@@ -371,7 +371,7 @@ class Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, y), (_, *wants) = ctx.saved_tensors, wanted_gradients(ctx)
+        (x, weight, y), (_, *wants) = ctx.saved_tensors, wanted_gradients(ctx, {3: 2})
         up, down, weight_grad = _passes()
         dy = grads[0].contiguous(memory_format=_LAST)
         gate: tuple[Any, ...] = ()
