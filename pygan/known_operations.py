@@ -29,6 +29,7 @@ from pygan.pending import (
     Upsampled,
     hand_on,
     in_last,
+    is_little_norm,
     plain,
     saving_is_watched,
 )
@@ -69,7 +70,8 @@ def _batch_norm(
         if input is not first or not _with_running_statistics(training, running_mean, running_var):
             return NotImplemented
         settings = Settings(training, momentum, eps, "none", 0.0, 1)
-        return _normed(first, func, (running_mean, running_var), weight, bias, settings)
+        running = (running_mean, running_var)
+        return _normed(first, func, running, weight, bias, settings, args, kwargs)
 
     return bound(*args, **kwargs)
 
@@ -93,7 +95,8 @@ def _instance_norm(
             return NotImplemented
         settings = Settings(True, momentum, eps, "none", 0.0, first.shape[0])
         # torch puts out contiguous maps whatever the layout of its input.
-        return _normed(first, func, (None, None), weight, bias, settings, torch.contiguous_format)
+        rest = (settings, args, kwargs, torch.contiguous_format)
+        return _normed(first, func, (None, None), weight, bias, *rest)
 
     return bound(*args, **kwargs)
 
@@ -105,15 +108,30 @@ def _normed(
     weight: Tensor | None,
     bias: Tensor | None,
     settings: Settings,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     format: torch.memory_format | None = None,
 ) -> Tensor:
-    x = first.value()
+    x, behind = first.value(), first.readers.of(func)
     if x.numel() == 0 or norm_act.supports_cpu(x, *running, weight, bias) is not None:
         return NotImplemented
+    if is_left(x, behind):
+        # What torch puts out of an instance norm is contiguous, as plain tensors are.
+        return NotImplemented if format is not None else _on_map(first, func, args, kwargs)
     settings = norm_act.checked_settings(x, *running, settings)
     first.lent = True
     source = Normed(x, running, weight, bias, settings)
-    return hand_on(source, x.shape, format or first.format, first.readers.of(func))
+    return hand_on(source, x.shape, format or first.format, behind)
+
+
+def is_left(x: Tensor, behind: Readers) -> bool:
+    """Whether a norm of x whose output has these readers is left to torch."""
+    if not (behind.asked or behind.known):
+        return is_little_norm(x)  # what follows is yet to be seen
+    activated = [found for operation, found in behind.after.items() if operation in ACTIVATIONS]
+    if any(operation in _CONVOLVED for found in (behind, *activated) for operation in found.after):
+        return is_little_norm(x)
+    return is_little_norm(x, alone=not activated, called=True)
 
 
 def _activation(
@@ -234,6 +252,18 @@ def _is_pooled(readers: Readers) -> bool:
     return set(readers.after) == {F.avg_pool2d} and not readers.others
 
 
+def _as_it_is(first: Observed, transposed: bool, weight: Tensor, sweep: tuple[Any, ...]) -> bool:
+    """Whether a convolution is torch's, of a map that is contiguous as it is shown: nothing is
+    gained by looking at it. In channels_last its second derivatives are pygan's."""
+    source = first.source
+    if not isinstance(source, Map) or first.format is not torch.contiguous_format:
+        return False
+    x = source.value()
+    if not x.is_contiguous() or strided_conv.is_last(x) or strided_conv.is_last(weight):
+        return False
+    return not strided_conv.has_kernel(transposed, x.shape, weight.shape, sweep)
+
+
 def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     def bound(
         input: Any,
@@ -249,6 +279,9 @@ def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         if first.dim() != 4 or isinstance(padding, str) or weight.dim() != 4:
             return NotImplemented
         geometry = (tuple(weight.shape[2:]), *map(pair, (stride, padding, dilation)), groups)
+        pooled = geometry == SAME_SIZED and may_be_pooled(first.readers.of(func))
+        if not pooled and _as_it_is(first, False, weight, geometry[1:]):
+            return NotImplemented
         source = first.fresh()
         y = None
         if geometry == STRIDED and isinstance(source, Normed):
@@ -265,8 +298,7 @@ def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             return hand_on(later, shape, first.format, first.readers.of(func))
         if y is None:
             x = first.value()
-            learning = geometry == SAME_SIZED and may_be_pooled(first.readers.of(func))
-            if learning or strided_conv.has_kernel(False, x.shape, weight.shape, geometry[1:]):
+            if pooled or strided_conv.has_kernel(False, x.shape, weight.shape, geometry[1:]):
                 x = in_last(x)
             y = strided_conv.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return _made(first, func, y, weight)
@@ -292,6 +324,8 @@ def _conv_transpose2d(
         if first.dim() != 4 or weight.dim() != 4:
             return NotImplemented
         geometry = (tuple(weight.shape[2:]), *map(pair, (stride, padding, dilation)), groups)
+        if _as_it_is(first, True, weight, geometry[1:]):
+            return NotImplemented
         source = first.fresh()
         y = None
         if geometry == STRIDED and isinstance(source, Normed):
@@ -340,6 +374,7 @@ ACTIVATIONS: dict[Any, tuple[str, bool]] = {
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), ("sigmoid", False)),
     **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), ("sigmoid", True)),
 }
+_CONVOLVED = (F.conv2d, F.conv_transpose2d)
 _TAKES_INPLACE = {F.relu: 1, F.leaky_relu: 2}
 
 _ON_MAPS = (

@@ -15,10 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from pygan.known_operations import SAME_SIZED, may_be_pooled, may_enter
+from pygan.known_operations import SAME_SIZED, is_left, may_be_pooled, may_enter
 from pygan.ops import strided_conv
 from pygan.ops.binary_cross_entropy import with_lost_gradient
-from pygan.pending import Readers, entered, format_of, is_little, plain, taken_in
+from pygan.pending import (
+    MOST_LEFT,
+    Readers,
+    entered,
+    format_of,
+    is_little,
+    is_little_norm,
+    plain,
+    taken_in,
+)
 
 NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -28,24 +37,37 @@ NORMS = (
 
 def enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """A forward pre-hook of a layer with which a chain of known operations may begin."""
-    if len(args) != 1 or not may_enter(args[0]):
+    if len(args) != 1 or type(args[0]) is not Tensor:
         return None
     input = args[0]
     readers: Readers | None = vars(layer).get("_readers")
+    key = (input.shape, input.dtype, input.is_contiguous())
+    if (readers is not None and key in readers.left) or not may_enter(input):
+        return None
     if readers is None:
         readers = vars(layer)["_readers"] = Readers()
     if isinstance(layer, NORMS):
-        # Worth it only where an operation takes the activation along.
-        found = readers.after.values()
-        serves = input.dim() > 1 and (not found or any(r.known or not r.asked for r in found))
-        serves &= not is_little(input)
+        serves = input.dim() > 1 and _takes_along(input, readers)
     else:
-        serves = input.dim() == 4 and not torch.is_inference_mode_enabled()
+        if torch.is_inference_mode_enabled():
+            return None
         # A weight that is computed is not asked for: that may change it.
         weight = layer._parameters.get("weight")
-        serves = serves and not is_little(input, weight) and _gains(layer, input, readers)
+        serves = input.dim() == 4 and not is_little(input, weight)
+        serves = serves and _gains(layer, input, readers)
+    if not serves and len(readers.left) < MOST_LEFT:
+        readers.left.add(key)
     format = format_of(input) if serves else None
     return None if format is None or watched(layer) else (entered(input, format, readers),)
+
+
+def _takes_along(x: Tensor, readers: Readers) -> bool:
+    """Whether a norm of a plain x is worth it, which is where an operation that takes it along
+    follows, or no call has shown yet what does."""
+    found = readers.after.values()
+    if not found:
+        return not is_little_norm(x)
+    return any((r.known or not r.asked) and not is_left(x, r) for r in found)
 
 
 def _gains(layer: nn.Module, x: Tensor, readers: Readers) -> bool:

@@ -32,6 +32,9 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # of a convolution.
 LEAST_ELEMENTS = 1 << 16
 LEAST_MACS = 1 << 23
+# The same of a norm, with the activation behind it, of a contiguous float32 map.
+LEAST_NORMED = 1 << 17
+MOST_LEFT = 64  # inputs of which a layer remembers that they are left to torch
 
 
 def is_little(x: Tensor, weight: Tensor | None = None) -> bool:
@@ -46,16 +49,33 @@ def is_little(x: Tensor, weight: Tensor | None = None) -> bool:
     return macs < LEAST_MACS and weight.numel() < few_positions.LEAST_WEIGHT
 
 
+def is_little_norm(x: Tensor, *, alone: bool = False, called: bool = False) -> bool:
+    """Whether a norm of x is left to torch, whose own takes less of the time of other maps than of
+    contiguous float32 ones.
+
+    Args:
+        x: what it normalizes.
+        alone: it has no activation behind it, which is a reading and a writing less to gain.
+        called: it is a layer called by itself, so that handing on what it puts out costs as well.
+    """
+    if not x.is_cpu:
+        return False
+    quick = x.dtype is torch.bfloat16 or x.dim() == 2 or not x.is_contiguous()
+    return x.numel() < LEAST_NORMED << (quick + alone + called)
+
+
 class Readers:
     """What reads the output of one place in a network, as its first call shows."""
 
-    __slots__ = ("after", "asked", "known", "others")
+    __slots__ = ("after", "asked", "known", "left", "others")
 
     def __init__(self) -> None:
         self.asked = False
         self.known = False  # an operation that takes a pending tensor
         self.others = False  # one that needs the values
         self.after: dict[Any, Readers] = {}
+        # Inputs that turned out to be left to torch, as a layer tells them apart.
+        self.left: set[Any] = set()
 
     def of(self, operation: Any) -> Readers:
         """Those of what ``operation`` makes of that output."""

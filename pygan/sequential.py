@@ -19,7 +19,17 @@ from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
 from pygan.ops.norm_act import Settings, current_groups, norm_act
 from pygan.ops.norm_conv import Conv, norm_conv
 from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, is_last
-from pygan.pending import Map, Observed, Readers, format_of, hand_on, in_last, is_little
+from pygan.pending import (
+    MOST_LEFT,
+    Map,
+    Observed,
+    Readers,
+    format_of,
+    hand_on,
+    in_last,
+    is_little,
+    is_little_norm,
+)
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -309,7 +319,14 @@ class FusedSequential(nn.Sequential):
         if traced or not known or globally_hooked():
             return super().forward(input)
         layers = list(self._modules.values())
+        readers: Readers | None = vars(self).get("_readers")
+        if readers is None:
+            readers = self._readers = Readers()
+        key = _key(input, layers)
+        if key in readers.left:
+            return super().forward(input)
         runs = list(fused_runs(layers))
+        taken = False
         shown = _shown(input, layers)
         pending = iter(enumerate(runs))
         for at, (i, kind, activation) in pending:
@@ -321,15 +338,16 @@ class FusedSequential(nn.Sequential):
                 elif shown is not None and type(layers[i]) not in _LAYOUT_FREE:
                     shown = format_of(input) or shown
                 continue
-            if _is_torchs(layers[i], activation, kind, input):
+            conv = None
+            if kind == "norm" and at + 1 < len(runs) and runs[at + 1][1] == "convolution":
+                conv = _strided(layers[runs[at + 1][0]], runs[at + 1][2])
+            if _is_torchs(layers[i], activation, kind, input, conv):
                 for layer in (layers[i], activation):
                     if layer is not None:
                         input = self._called(i, layer, input, shown, False)
                 continue
+            taken = True
             if kind == "norm":
-                conv = None
-                if at + 1 < len(runs) and runs[at + 1][1] == "convolution":
-                    conv = _strided(layers[runs[at + 1][0]], runs[at + 1][2])
                 # A norm alone is as fast in any layout.
                 input = _opened(input, None if conv is None else shown)
                 input = _norm_act_layers(layers[i], activation, input, conv)
@@ -339,6 +357,8 @@ class FusedSequential(nn.Sequential):
                 input = _convolution_layer(layers[i], activation, _opened(input, shown))
             else:
                 input = _folded_layers(layers[i], activation, _opened(input, shown))
+        if not taken and len(readers.left) < MOST_LEFT and not any(map(why_opaque, layers)):
+            readers.left.add(key)
         return self._shown(input, shown, "output")
 
     def _called(
@@ -361,8 +381,8 @@ class FusedSequential(nn.Sequential):
         """The map as others may see it."""
         if shown is None or type(x) is not Tensor or x.dim() != 4:
             return x
-        if "_readers" not in vars(self):
-            self._readers = Readers()
+        if shown is torch.contiguous_format and x.is_contiguous() and not is_last(x):
+            return x
         return hand_on(Map(x), x.shape, shown, self._readers.of(reader))
 
 
@@ -385,7 +405,15 @@ def _shown(input: Tensor, layers: list[nn.Module]) -> torch.memory_format | None
     return torch.contiguous_format
 
 
-def _is_torchs(layer: nn.Module, follower: nn.Module | None, kind: str, input: Tensor) -> bool:
+def _key(input: Tensor, layers: list[nn.Module]) -> Any:
+    """What decides whether all layers are left to torch, beside what the user may change in one."""
+    kind = (input.shape, input.dtype, input.is_contiguous(), torch.is_autocast_enabled("cpu"))
+    return (*kind, dispatch.wished(), current_groups(), *map(id, layers))
+
+
+def _is_torchs(
+    layer: nn.Module, follower: nn.Module | None, kind: str, input: Tensor, conv: Conv | None
+) -> bool:
     """Whether layers that could run as one operation are left to torch: they take too little time
     to gain by that, or it is not the map of one size that makes a convolution a product."""
     if kind == "convolution" and not is_strided(layer):
@@ -396,7 +424,9 @@ def _is_torchs(layer: nn.Module, follower: nn.Module | None, kind: str, input: T
     if dispatch.wished() != "auto" or current_groups() > 1:
         return False
     if kind == "norm":
-        return is_little(input)
+        if conv is not None:
+            return is_little(input)  # the map that is not written is the gain
+        return is_little_norm(input, alone=follower is None)
     convolution = follower if kind == FOLDED[0] else layer
     assert convolution is not None
     weight = convolution._parameters.get("weight")
