@@ -127,10 +127,10 @@ def _normed(
 def is_left(x: Tensor, behind: Readers) -> bool:
     """Whether a norm of x whose output has these readers is left to torch."""
     if not (behind.asked or behind.known):
-        return is_little_norm(x)  # what follows is yet to be seen
+        return is_little_norm(x, convolved=True)  # what follows is yet to be seen
     activated = [found for operation, found in behind.after.items() if operation in ACTIVATIONS]
     if any(operation in _CONVOLVED for found in (behind, *activated) for operation in found.after):
-        return is_little_norm(x)
+        return is_little_norm(x, convolved=True)
     return is_little_norm(x, alone=not activated, called=True)
 
 

@@ -49,19 +49,24 @@ def is_little(x: Tensor, weight: Tensor | None = None) -> bool:
     return macs < LEAST_MACS and weight.numel() < few_positions.LEAST_WEIGHT
 
 
-def is_little_norm(x: Tensor, *, alone: bool = False, called: bool = False) -> bool:
-    """Whether a norm of x is left to torch, whose own takes less of the time of other maps than of
+def is_little_norm(
+    x: Tensor, *, alone: bool = False, called: bool = False, convolved: bool = False
+) -> bool:
+    """Whether a norm of x is left to torch, which takes less of the time of other maps than of
     contiguous float32 ones.
 
     Args:
         x: what it normalizes.
         alone: it has no activation behind it, which is a reading and a writing less to gain.
         called: it is a layer called by itself, so that handing on what it puts out costs as well.
+        convolved: a convolution is behind it, or may be: not to write the map is to gain most.
     """
     if not x.is_cpu:
         return False
+    if convolved:
+        return x.numel() < LEAST_NORMED
     quick = x.dtype is torch.bfloat16 or x.dim() == 2 or not x.is_contiguous()
-    return x.numel() < LEAST_NORMED << (quick + alone + called)
+    return x.numel() < LEAST_NORMED << (2 * quick + alone + called)
 
 
 class Readers:

@@ -698,9 +698,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, place: ModuleType, name: str) -> li
     [
         (torch.float32, False, True, 1),
         (torch.float32, False, False, 2),
-        (torch.float32, True, True, 2),
-        (torch.bfloat16, False, True, 2),
-        (torch.bfloat16, True, False, 4),
+        (torch.float32, True, True, 4),
+        (torch.bfloat16, False, True, 4),
+        (torch.bfloat16, True, False, 8),
     ],
 )
 def test_norms_are_left_to_torch_by_what_their_maps_gain(
