@@ -131,7 +131,7 @@ def is_left(x: Tensor, behind: Readers) -> bool:
     activated = [found for operation, found in behind.after.items() if operation in ACTIVATIONS]
     if any(operation in _CONVOLVED for found in (behind, *activated) for operation in found.after):
         return is_little_norm(x, convolved=True)
-    return is_little_norm(x, alone=not activated, called=True)
+    return is_little_norm(x, alone=not (activated or behind.activated), called=True)
 
 
 def _activation(
@@ -143,6 +143,7 @@ def _activation(
     if not args or args[0] is not first or not isinstance(slope, int | float):
         return NotImplemented
     source = first.fresh()
+    first.readers.activated |= in_place
     if isinstance(source, Normed) and source.settings.activation == "none":
         activated = source.activated(name, float(slope) if name == "leaky_relu" else 0.0)
         if not in_place:

@@ -20,11 +20,11 @@ from pygan.ops import strided_conv
 from pygan.ops.binary_cross_entropy import with_lost_gradient
 from pygan.pending import (
     MOST_LEFT,
+    TRIES,
     Readers,
     entered,
     format_of,
     is_little,
-    is_little_norm,
     plain,
     taken_in,
 )
@@ -63,11 +63,12 @@ def enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 def _takes_along(x: Tensor, readers: Readers) -> bool:
     """Whether a norm of a plain x is worth it, which is where an operation that takes it along
-    follows, or no call has shown yet what does."""
-    found = readers.after.values()
-    if not found:
-        return not is_little_norm(x, convolved=True)
-    return any((r.known or not r.asked) and not is_left(x, r) for r in found)
+    or is folded with another follows, or the calls to show what does are not over."""
+    found = [r for r in readers.after.values() if r.known or not r.asked]
+    if is_little(x) or (readers.after and not found):
+        return False
+    readers.looks += 1
+    return readers.looks <= TRIES or any(r.lead_to_fold() or not is_left(x, r) for r in found)
 
 
 def _gains(layer: nn.Module, x: Tensor, readers: Readers) -> bool:

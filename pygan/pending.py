@@ -34,6 +34,7 @@ LEAST_ELEMENTS = 1 << 16
 LEAST_MACS = 1 << 23
 # The same of a norm, with the activation behind it, of a contiguous float32 map.
 LEAST_NORMED = 1 << 17
+TRIES = 4  # calls, each of which may show one reader more
 MOST_LEFT = 64  # inputs of which a layer remembers that they are left to torch
 
 
@@ -72,13 +73,15 @@ def is_little_norm(
 class Readers:
     """What reads the output of one place in a network, as its first call shows."""
 
-    __slots__ = ("after", "asked", "known", "left", "others")
+    __slots__ = ("activated", "after", "asked", "known", "left", "looks", "others")
 
     def __init__(self) -> None:
         self.asked = False
         self.known = False  # an operation that takes a pending tensor
         self.others = False  # one that needs the values
         self.after: dict[Any, Readers] = {}
+        self.activated = False  # by an activation in place, which makes no other output
+        self.looks = 0  # calls that were to show what reads it
         # Inputs that turned out to be left to torch, as a layer tells them apart.
         self.left: set[Any] = set()
 
@@ -293,7 +296,7 @@ class Observed(Tensor):
         # What changes a tensor in place gives that tensor back.
         given = args[0] if args else None
         name = getattr(func, "__name__", "")
-        in_place = result is not None and name.rstrip("_") != name
+        in_place = result is not None and (name.rstrip("_") != name or kwargs.get("inplace"))
         if in_place and isinstance(given, Observed) and isinstance(result, Tensor):
             if result is not given.shown:
                 return result
