@@ -138,19 +138,22 @@ def warm_up(call: Call, plan: Plan, device: torch.device) -> float:
 def interleave(
     calls: Sequence[Call], iterations: Sequence[int], rounds: int, device: torch.device
 ) -> list[list[float]]:
-    """Seconds of ``iterations[i]`` calls of ``calls[i]``, A B C A B C, as ``[side][round]``.
+    """Seconds of ``iterations[i]`` calls of ``calls[i]``, A B C C B A, as ``[side][round]``.
 
-    The garbage collector runs between the samples, never inside one.
+    The garbage collector runs between the samples, never inside one. Whoever comes first in a round
+    meets the caches that it leaves, one or two per cent of a small network's time.
     """
     durations: list[list[float]] = [[] for _ in calls]
+    sides = list(zip(calls, iterations, durations, strict=True))
     collecting = gc.isenabled()
     gc.disable()
     try:
         for _ in range(rounds):
-            for call, times, row in zip(calls, iterations, durations, strict=True):
+            for call, times, row in sides:
                 gc.collect(0)
                 row.append(_timed(call, times, device))
             gc.collect()
+            sides.reverse()
     finally:
         if collecting:
             gc.enable()

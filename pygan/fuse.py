@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from pygan import layers as _layers
 from pygan.errors import UserError
 from pygan.ops import dispatch, gpu
-from pygan.pending import Readers
+from pygan.pending import TRIES, Readers
 from pygan.sequential import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -30,8 +30,6 @@ from pygan.sequential import (
     is_strided,
     why_opaque,
 )
-
-_TRIES = 4
 
 
 @dataclass
@@ -143,7 +141,7 @@ def _try(module: nn.Module, args: Sequence[Any]) -> None:
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            for _ in range(_TRIES):
+            for _ in range(TRIES):
                 module(*args)
         finally:
             for name, buffer in module.named_buffers():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pygan.ops import dispatch, gpu, native, norm_act, strided_conv
 from pygan.ops.folded_conv import upsample_conv2d
+from pygan.ops.layout import is_last
 from pygan.ops.norm_act import Settings
 from pygan.ops.norm_conv import Conv
 from pygan.ops.strided_conv import pair
@@ -30,6 +31,7 @@ from pygan.pending import (
     Upsampled,
     hand_on,
     in_last,
+    is_little_norm,
     plain,
     saving_is_watched,
 )
@@ -44,7 +46,7 @@ def _made(
 ) -> Tensor:
     """A map that ``func`` made of ``first``, and of a weight ``like`` whose layout counts."""
     format = first.format
-    if like is not None and value.dim() == 4 and strided_conv.is_last(like):
+    if like is not None and value.dim() == 4 and is_last(like):
         format = torch.channels_last
     readers = first.readers.of(func)
     return hand_on(Map(value), value.shape, format, readers, may_fold=may_fold)
@@ -70,7 +72,8 @@ def _batch_norm(
         if input is not first or not _with_running_statistics(training, running_mean, running_var):
             return NotImplemented
         settings = Settings(training, momentum, eps, "none", 0.0, 1)
-        return _normed(first, func, (running_mean, running_var), weight, bias, settings)
+        running = (running_mean, running_var)
+        return _normed(first, func, running, weight, bias, settings, args, kwargs)
 
     return bound(*args, **kwargs)
 
@@ -98,7 +101,8 @@ def _instance_norm(
         groups = first.shape[0] if use_input_stats else 1
         settings = Settings(use_input_stats, momentum, eps, "none", 0.0, groups, averaged)
         # torch puts out contiguous maps whatever the layout of its input.
-        return _normed(first, func, running, weight, bias, settings, torch.contiguous_format)
+        rest = (settings, args, kwargs, torch.contiguous_format)
+        return _normed(first, func, running, weight, bias, *rest)
 
     return bound(*args, **kwargs)
 
@@ -110,21 +114,35 @@ def _normed(
     weight: Tensor | None,
     bias: Tensor | None,
     settings: Settings,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     format: torch.memory_format | None = None,
 ) -> Tensor:
-    x = first.value()
+    x, behind = first.value(), first.readers.of(func)
     if x.numel() == 0 or not norm_act.has_kernel(x, *running, weight, bias):
         return NotImplemented
+    if is_left(x, behind):
+        # What torch puts out of an instance norm is contiguous, as plain tensors are.
+        return NotImplemented if format is not None else _on_map(first, func, args, kwargs)
     settings = norm_act.checked_settings(x, *running, settings)
-    readers = first.readers.of(func)
     source: Normed | NormedAtOnce
     if gpu.holds(x):
-        source = NormedAtOnce(x, running, weight, bias, settings, readers)
+        source = NormedAtOnce(x, running, weight, bias, settings, behind)
         first.lent |= source.reads_again
     else:
         source = Normed(x, running, weight, bias, settings)
         first.lent = True
-    return hand_on(source, x.shape, format or first.format, readers)
+    return hand_on(source, x.shape, format or first.format, behind)
+
+
+def is_left(x: Tensor, behind: Readers) -> bool:
+    """Whether a norm of x whose output has these readers is left to torch."""
+    if not (behind.asked or behind.known):
+        return is_little_norm(x, convolved=True)  # what follows is yet to be seen
+    activated = [found for operation, found in behind.after.items() if operation in ACTIVATIONS]
+    if any(operation in _CONVOLVED for found in (behind, *activated) for operation in found.after):
+        return is_little_norm(x, convolved=True)
+    return is_little_norm(x, alone=not (activated or behind.activated), called=True)
 
 
 def _activation(
@@ -136,6 +154,7 @@ def _activation(
     if not args or args[0] is not first or not isinstance(slope, int | float):
         return NotImplemented
     source = first.fresh()
+    first.readers.activated |= in_place
     slope = float(slope) if name == "leaky_relu" else 0.0
     activated: Normed | Map | None = None
     if isinstance(source, Normed) and source.settings.activation == "none":
@@ -252,6 +271,18 @@ def _is_pooled(readers: Readers) -> bool:
     return set(readers.after) == {F.avg_pool2d} and not readers.others
 
 
+def _as_it_is(first: Observed, transposed: bool, weight: Tensor, sweep: tuple[Any, ...]) -> bool:
+    """Whether a convolution is torch's, of a map that is contiguous as it is shown: nothing is
+    gained by looking at it. In channels_last its second derivatives are pygan's."""
+    source = first.source
+    if not isinstance(source, Map) or first.format is not torch.contiguous_format:
+        return False
+    x = source.value()
+    if not x.is_contiguous() or is_last(x) or is_last(weight):
+        return False
+    return not strided_conv.has_kernel(transposed, x.shape, weight.shape, sweep)
+
+
 def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     def bound(
         input: Any,
@@ -267,7 +298,11 @@ def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         if first.dim() != 4 or isinstance(padding, str) or weight.dim() != 4:
             return NotImplemented
         geometry = (tuple(weight.shape[2:]), *map(pair, (stride, padding, dilation)), groups)
-        source, folds = first.fresh(), not gpu.holds(first)
+        folds = not gpu.holds(first)
+        pooled = geometry == SAME_SIZED and folds and may_be_pooled(first.readers.of(func))
+        if not pooled and _as_it_is(first, False, weight, geometry[1:]):
+            return NotImplemented
+        source = first.fresh()
         y = None
         if geometry == STRIDED and isinstance(source, Normed):
             y = source.convolved(Conv("down", weight, bias))
@@ -283,8 +318,7 @@ def _conv2d(first: Observed, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             return hand_on(later, shape, first.format, first.readers.of(func))
         if y is None:
             x = first.value()
-            learning = geometry == SAME_SIZED and folds and may_be_pooled(first.readers.of(func))
-            if learning or strided_conv.has_kernel(False, x.shape, weight.shape, geometry[1:]):
+            if pooled or strided_conv.has_kernel(False, x.shape, weight.shape, geometry[1:]):
                 x = in_last(x)
             y = strided_conv.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return _made(first, func, y, weight)
@@ -310,6 +344,8 @@ def _conv_transpose2d(
         if first.dim() != 4 or weight.dim() != 4:
             return NotImplemented
         geometry = (tuple(weight.shape[2:]), *map(pair, (stride, padding, dilation)), groups)
+        if _as_it_is(first, True, weight, geometry[1:]):
+            return NotImplemented
         source = first.fresh()
         y = None
         if geometry == STRIDED and isinstance(source, Normed):
@@ -358,6 +394,7 @@ ACTIVATIONS: dict[Any, tuple[str, bool]] = {
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), ("sigmoid", False)),
     **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), ("sigmoid", True)),
 }
+_CONVOLVED = (F.conv2d, F.conv_transpose2d)
 _TAKES_INPLACE = {F.relu: 1, F.leaky_relu: 2}
 
 _ON_MAPS = (

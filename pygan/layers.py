@@ -15,10 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from pygan.known_operations import SAME_SIZED, STRIDED, may_be_pooled, may_enter
+from pygan.known_operations import SAME_SIZED, STRIDED, is_left, may_be_pooled, may_enter
 from pygan.ops import gpu, strided_conv
 from pygan.ops.binary_cross_entropy import with_lost_gradient
-from pygan.pending import Readers, entered, format_of, is_little, plain, taken_in
+from pygan.pending import (
+    MOST_LEFT,
+    TRIES,
+    Readers,
+    entered,
+    format_of,
+    is_little,
+    plain,
+    taken_in,
+)
 
 NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -28,29 +37,42 @@ NORMS = (
 
 def enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """A forward pre-hook of a layer with which a chain of known operations may begin."""
-    if len(args) != 1 or not may_enter(args[0]):
+    if len(args) != 1 or type(args[0]) is not Tensor:
         return None
     input = args[0]
     readers: Readers | None = vars(layer).get("_readers")
+    key = (input.shape, input.dtype, input.device, input.is_contiguous())
+    if (readers is not None and key in readers.left) or not may_enter(input):
+        return None
     if readers is None:
         readers = vars(layer)["_readers"] = Readers()
     if isinstance(layer, NORMS):
-        # Worth it only where an operation takes the activation along. On a GPU no other one gains.
-        found = readers.after.values()
-        if gpu.holds(input):
-            serves = input.dim() > 1 and (
-                not found or any(not r.asked or r.foreseen()[0] != "none" for r in found)
-            )
-        else:
-            serves = input.dim() > 1 and (not found or any(r.known or not r.asked for r in found))
-        serves &= not is_little(input)
+        serves = input.dim() > 1 and _takes_along(input, readers)
     else:
-        serves = input.dim() == 4 and not torch.is_inference_mode_enabled()
+        if torch.is_inference_mode_enabled():
+            return None
         # A weight that is computed is not asked for: that may change it.
         weight = layer._parameters.get("weight")
-        serves = serves and not is_little(input, weight) and _gains(layer, input, readers)
+        serves = input.dim() == 4 and not is_little(input, weight)
+        serves = serves and _gains(layer, input, readers)
+    if not serves and len(readers.left) < MOST_LEFT:
+        readers.left.add(key)
     format = format_of(input) if serves else None
     return None if format is None or watched(layer) else (entered(input, format, readers),)
+
+
+def _takes_along(x: Tensor, readers: Readers) -> bool:
+    """Whether a norm of a plain x is worth it, which is where an operation that takes it along
+    or is folded with another follows, or the calls to show what does are not over."""
+    if gpu.holds(x):
+        # No operation but an activation gains.
+        behind = readers.after.values()
+        return not behind or any(not r.asked or r.foreseen()[0] != "none" for r in behind)
+    found = [r for r in readers.after.values() if r.known or not r.asked]
+    if is_little(x) or (readers.after and not found):
+        return False
+    readers.looks += 1
+    return readers.looks <= TRIES or any(r.lead_to_fold() or not is_left(x, r) for r in found)
 
 
 def _gains(layer: nn.Module, x: Tensor, readers: Readers) -> bool:

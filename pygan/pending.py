@@ -22,8 +22,8 @@ from torch import Tensor
 
 from pygan.ops import few_positions, gpu, norm_act, norm_conv
 from pygan.ops.folded_conv import conv2d_avg_pool
+from pygan.ops.layout import is_last, reordered
 from pygan.ops.norm_act import Settings
-from pygan.ops.strided_conv import is_last, reordered
 from pygan.ops.wanted import wanted_gradients
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -32,6 +32,10 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # of a convolution.
 LEAST_ELEMENTS = 1 << 16
 LEAST_MACS = 1 << 23
+# The same of a norm, with the activation behind it, of a contiguous float32 map.
+LEAST_NORMED = 1 << 17
+TRIES = 4  # calls, each of which may show one reader more
+MOST_LEFT = 64  # inputs of which a layer remembers that they are left to torch
 
 
 def is_little(x: Tensor, weight: Tensor | None = None) -> bool:
@@ -46,10 +50,33 @@ def is_little(x: Tensor, weight: Tensor | None = None) -> bool:
     return macs < LEAST_MACS and weight.numel() < few_positions.LEAST_WEIGHT
 
 
+def is_little_norm(
+    x: Tensor, *, alone: bool = False, called: bool = False, convolved: bool = False
+) -> bool:
+    """Whether a norm of x is left to torch, which takes less of the time of other maps than of
+    contiguous float32 ones.
+
+    Args:
+        x: what it normalizes.
+        alone: it has no activation behind it, which is a reading and a writing less to gain.
+        called: it is a layer called by itself, so that handing on what it puts out costs as well.
+        convolved: a convolution is behind it, or may be: not to write the map is to gain most.
+    """
+    if gpu.holds(x):
+        return False
+    if convolved:
+        return x.numel() < LEAST_NORMED
+    quick = x.dtype is torch.bfloat16 or x.dim() == 2 or not x.is_contiguous()
+    return x.numel() < LEAST_NORMED << (2 * quick + alone + called)
+
+
 class Readers:
     """What reads the output of one place in a network, as its first call shows."""
 
-    __slots__ = ("activation", "after", "asked", "known", "others", "varies")
+    __slots__ = (
+        *("activated", "activation", "after", "asked", "known"),
+        *("left", "looks", "others", "varies"),
+    )
 
     def __init__(self) -> None:
         self.asked = False
@@ -59,6 +86,10 @@ class Readers:
         self.known = False  # an operation that takes a pending tensor
         self.others = False  # one that needs the values
         self.after: dict[Any, Readers] = {}
+        self.activated = False  # by an activation in place, which makes no other output
+        self.looks = 0  # calls that were to show what reads it
+        # Inputs that turned out to be left to torch, as a layer tells them apart.
+        self.left: set[Any] = set()
 
     def of(self, operation: Any) -> Readers:
         """Those of what ``operation`` makes of that output."""
@@ -329,7 +360,7 @@ class Observed(Tensor):
         # What changes a tensor in place gives that tensor back.
         given = args[0] if args else None
         name = getattr(func, "__name__", "")
-        in_place = result is not None and name.rstrip("_") != name
+        in_place = result is not None and (name.rstrip("_") != name or kwargs.get("inplace"))
         if in_place and isinstance(given, Observed) and isinstance(result, Tensor):
             if result is not given.shown:
                 return result

@@ -16,11 +16,22 @@ from pygan.known_operations import may_enter
 from pygan.layers import globally_hooked, is_own_hook, watched
 from pygan.ops import dispatch, gpu
 from pygan.ops.folded_conv import conv2d_avg_pool, upsample_conv2d
+from pygan.ops.layout import is_last
 from pygan.ops.moments import Moments
 from pygan.ops.norm_act import Settings, current_groups, norm_act
 from pygan.ops.norm_conv import Conv, norm_conv
-from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, is_last, up
-from pygan.pending import Map, Observed, Readers, format_of, hand_on, in_last, is_little
+from pygan.ops.strided_conv import DIRECT_CHANNELS, conv2d, conv_transpose2d, down, up
+from pygan.pending import (
+    MOST_LEFT,
+    Map,
+    Observed,
+    Readers,
+    format_of,
+    hand_on,
+    in_last,
+    is_little,
+    is_little_norm,
+)
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -358,7 +369,14 @@ class FusedSequential(nn.Sequential):
         if traced or not known or globally_hooked():
             return super().forward(input)
         layers = list(self._modules.values())
+        readers: Readers | None = vars(self).get("_readers")
+        if readers is None:
+            readers = self._readers = Readers()
+        key = _key(input, layers)
+        if key in readers.left:
+            return super().forward(input)
         runs = list(fused_runs(layers))
+        taken = False
         shown = _shown(input, layers)
         pending = iter(enumerate(runs))
         told: Moments | None = None  # what the convolution before told of its output
@@ -372,17 +390,19 @@ class FusedSequential(nn.Sequential):
                 elif shown is not None and type(layers[i]) not in _LAYOUT_FREE:
                     shown = format_of(input) or shown
                 continue
-            if _is_torchs(layers[i], activation, kind, input):
+            conv = None
+            if kind == "norm" and at + 1 < len(runs) and runs[at + 1][1] == "convolution":
+                told = _moments_for(runs, layers, at + 1, input)
+                conv = _strided(layers[runs[at + 1][0]], runs[at + 1][2], told)
+            if _is_torchs(layers[i], activation, kind, input, conv):
                 for layer in (layers[i], activation):
                     if layer is not None:
                         own = layer is activation and kind == "convolution"
                         input = self._called(i, layer, input, shown, own)
+                told = None
                 continue
+            taken = True
             if kind == "norm":
-                conv = None
-                if at + 1 < len(runs) and runs[at + 1][1] == "convolution":
-                    told = _moments_for(runs, layers, at + 1, input)
-                    conv = _strided(layers[runs[at + 1][0]], runs[at + 1][2], told)
                 # A norm alone is as fast in any layout.
                 input = _opened(input, None if conv is None else shown)
                 input = _norm_act_layers(layers[i], activation, input, conv, given)
@@ -400,6 +420,8 @@ class FusedSequential(nn.Sequential):
                 convolution = activation if kind == FOLDED[0] else layers[i]
                 assert convolution is not None
                 shown = _shown_behind(shown, convolution)
+        if not taken and len(readers.left) < MOST_LEFT and not any(map(why_opaque, layers)):
+            readers.left.add(key)
         return self._shown(input, shown, "output")
 
     def _called(
@@ -422,8 +444,8 @@ class FusedSequential(nn.Sequential):
         """The map as others may see it."""
         if shown is None or type(x) is not Tensor or x.dim() != 4:
             return x
-        if "_readers" not in vars(self):
-            self._readers = Readers()
+        if shown is torch.contiguous_format and x.is_contiguous() and not is_last(x):
+            return x
         return hand_on(Map(x), x.shape, shown, self._readers.of(reader))
 
 
@@ -456,7 +478,21 @@ def _shown_behind(
     return torch.channels_last if last else shown
 
 
-def _is_torchs(layer: nn.Module, follower: nn.Module | None, kind: str, input: Tensor) -> bool:
+def _key(input: Tensor, layers: list[nn.Module]) -> Any:
+    """What decides whether all layers are left to torch, beside what the user may change in one."""
+    kind = (input.shape, input.dtype, input.device, input.is_contiguous())
+    return (
+        *kind,
+        torch.is_autocast_enabled(input.device.type),
+        dispatch.wished(),
+        current_groups(),
+        *map(id, layers),
+    )
+
+
+def _is_torchs(
+    layer: nn.Module, follower: nn.Module | None, kind: str, input: Tensor, conv: Conv | None
+) -> bool:
     """Whether layers that could run as one operation are left to torch: they take too little time
     to gain by that, or it is not the map of one size that makes a convolution a product."""
     if kind == "convolution" and not is_strided(layer):
@@ -467,7 +503,9 @@ def _is_torchs(layer: nn.Module, follower: nn.Module | None, kind: str, input: T
     if dispatch.wished() != "auto" or current_groups() > 1:
         return False
     if kind == "norm":
-        return is_little(input)
+        if conv is not None:
+            return is_little(input)  # the map that is not written is the gain
+        return is_little_norm(input, alone=follower is None)
     convolution = follower if kind == FOLDED[0] else layer
     assert convolution is not None
     weight = convolution._parameters.get("weight")

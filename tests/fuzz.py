@@ -41,7 +41,7 @@ from pygan.data.cache import Cache
 from pygan.errors import UserError
 from pygan.metrics.quality import Quality
 from pygan.models import Generator
-from pygan.ops import few_positions, matrix_product, norm_conv, strided_conv, torch_conv
+from pygan.ops import few_positions, layout, matrix_product, norm_conv, strided_conv, torch_conv
 from pygan.ops.norm_act import Settings
 from pygan.ops.tuning import Tuner
 from pygan.run_folder import CONFIG, LOG, QUALITY, RunFolder, read_config
@@ -598,7 +598,7 @@ OPERATIONS = {
         ("ops.strided_conv.up", strided_conv.up, "nahw ab44 b?", _kernels | _out),
         ("ops.strided_conv.down", strided_conv.down, "nbhw ab44 a?",
          _kernels | {"activation": _activation}),
-        ("ops.strided_conv.reordered", strided_conv.reordered, "nchw", {},
+        ("ops.layout.reordered", layout.reordered, "nchw", {},
          {"format": st.just(torch.channels_last)}),
         ("ops.norm_conv", _norm_conv, "nbhw :b? :b? :b? :b? ab44 a?", {},
          _training | {"conv_pass": st.just("down"), "activation": _activation}),

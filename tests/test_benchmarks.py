@@ -246,12 +246,12 @@ def _case(calls: list[str], check: Any = lambda device, sides: None) -> measure.
     return measure.Case("made-up", "nothing", images=10, sides=sides, check=check)
 
 
-def test_sides_take_turns() -> None:
+def test_sides_take_turns_and_turns_to_be_first() -> None:
     order: list[str] = []
     rows = measure.interleave(
         [lambda: order.append("a"), lambda: order.append("b")], [1, 2], rounds=3, device=CPU
     )
-    assert "".join(order) == "abb" * 3
+    assert "".join(order) == "abbbbaabb"
     assert [len(row) for row in rows] == [3, 3]
     assert all(seconds > 0 for row in rows for seconds in row)
 

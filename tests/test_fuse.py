@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import pygan
-from pygan import pending
+from pygan import known_operations, pending, sequential
+from pygan import layers as _layers
 from pygan.fuse import why_not_mergeable
-from pygan.ops import norm_act, norm_conv, strided_conv
+from pygan.ops import layout, norm_act, norm_conv
 from pygan.ops.norm_act import batch_groups
 from pygan.sequential import FusedSequential
 
@@ -690,6 +691,149 @@ def counted(monkeypatch: pytest.MonkeyPatch, place: ModuleType, name: str) -> li
     return calls
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("form", ["attributes", "Sequential"])
+@pytest.mark.parametrize(
+    ("dtype", "last", "activated", "least"),
+    [
+        (torch.float32, False, True, 1),
+        (torch.float32, False, "in place", 1),
+        (torch.float32, False, False, 2),
+        (torch.float32, True, True, 4),
+        (torch.bfloat16, False, True, 4),
+        (torch.bfloat16, True, False, 8),
+    ],
+)
+def test_norms_are_left_to_torch_by_what_their_maps_gain(
+    form: str,
+    dtype: torch.dtype,
+    last: bool,
+    activated: bool | str,
+    least: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice as large ones where a layer is called by itself."""
+    monkeypatch.setattr(pending, "LEAST_NORMED", 4 * 8 * 8 * 2)
+    activation = [nn.ReLU(activated == "in place")] if activated else []
+    layers = [nn.BatchNorm2d(4), *activation]
+    network = nn.Sequential(*layers) if form == "Sequential" else Called(*layers)
+    pygan.fuse(network)
+    least *= 2 if form == "attributes" else 1
+    for batch, kernels in ((least, False), (2 * least, True)):
+        calls = counted(monkeypatch, norm_act, "_run_forward")
+        x = torch.randn(batch, 4, 8, 8).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        for _ in range(4):
+            calls.clear()
+            network(x)
+        assert bool(calls) == kernels
+
+
+class Called(nn.Module):
+    """Layers that a ``forward`` calls one by one."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Upward(nn.Module):
+    """Norm, ReLU, upsampling and convolution."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, 1, 1)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.activation(self.norm(x * 1))
+        return self.conv(nn.functional.interpolate(h, scale_factor=2))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("activation", [torch.relu, torch.relu_, nn.ReLU(), nn.ReLU(True)])
+def test_what_is_folded_behind_a_norm_of_torch_is_found(
+    activation: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pending, "LEAST_NORMED", 1 << 30)
+    plain, x = Upward(activation), torch.randn(4, 8, 8, 8)
+    fused = copy.deepcopy(plain)
+    pygan.fuse(fused)
+    for _ in range(pending.TRIES):
+        assert_same(forward_backward(fused, x), forward_backward(plain, x))
+    folded = counted(monkeypatch, known_operations, "upsample_conv2d")
+    normed = counted(monkeypatch, norm_act, "_run_forward")
+    assert_same(forward_backward(fused, x), forward_backward(plain, x))
+    assert folded and not normed
+
+
+@pytest.mark.native
+def test_what_is_left_to_torch_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For inputs of that shape, and until a layer is another one or somebody watches."""
+    monkeypatch.setattr(pending, "LEAST_NORMED", 4 * 64)
+    network = nn.Sequential(nn.Identity(), nn.BatchNorm2d(4), nn.ReLU())
+    pygan.fuse(network)
+    looks = counted(monkeypatch, sequential, "fused_runs")
+    little, large = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 8, 8)
+
+    def looked(x: Tensor) -> bool:
+        looks.clear()
+        network(x)
+        return bool(looks)
+
+    assert [looked(little), looked(little), looked(large), looked(large)] == [1, 0, 1, 1]
+    assert looked(little.bfloat16()) and not looked(little)
+    with batch_groups(1):
+        assert not looked(little)
+    seen: list[None] = []
+    handle = network[1].register_forward_hook(lambda *_: seen.append(None))
+    assert not looked(little) and seen
+    assert looked(torch.randn(2, 4, 4, 4)) and looked(torch.randn(2, 4, 4, 4))  # not while watched
+    handle.remove()
+    network[1] = nn.BatchNorm2d(4)
+    assert looked(little)
+    doubled = torch.cat([little, little])
+    with batch_groups(2):
+        assert looked(doubled) and looked(doubled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYGAN_IMPL", "cpu")
+        assert looked(little)
+
+
+@pytest.mark.native
+def test_a_layer_remembers_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Called(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU())
+    pygan.fuse(network)
+    monkeypatch.setattr(pending, "LEAST_NORMED", 4 * 64)
+    looks = counted(monkeypatch, _layers, "may_enter")
+    x = torch.randn(1, 3, 8, 8)
+    seen = []
+    for _ in range(pending.TRIES + 2):
+        looks.clear()
+        network(x)
+        seen.append(len(looks))
+    # The network's own input is looked at in every call.
+    assert seen[0] > 1 and seen[-1] == 1
+
+
+@pytest.mark.native
+def test_an_input_that_torch_convolves_stays_a_plain_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = Called(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU())
+    pygan.fuse(network)
+    x = torch.randn(2, 3, 16, 16)
+    network(x)
+    entered = counted(monkeypatch, pending, "entered")
+    network(x)
+    assert not entered
+
+
 class Chain(nn.Module):
     """Convolutions that only torch has kernels for, called by their attributes."""
 
@@ -717,7 +861,7 @@ def test_maps_between_convolutions_of_torch_stay_as_they_are(
     for _ in range(4):  # what reads every output is learnt
         network(x).sum().backward()
     calls: list[str] = []
-    for function in (strided_conv._Reordered, norm_act._NormAct):
+    for function in (layout._Reordered, norm_act._NormAct):
 
         def noted(
             *arguments: Any, name: str = function.__name__, apply: Any = function.apply

@@ -51,7 +51,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, w), wants = grads, ctx.saved_tensors, wanted_gradients(ctx)
+        (dy,), (x, w), wants = grads, ctx.saved_tensors, wanted_gradients(ctx, {2: 1})
         dx = dw = dbias = None
         if wants[0]:
             dx = _cast(_mm(dy, _cast(w, dy.dtype).t()), ctx.dtypes[0])

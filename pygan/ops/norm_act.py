@@ -328,6 +328,10 @@ KERNELS = {
 }
 
 
+# The sums that the gradients of weight and bias are come with x's.
+_BESIDE = {1: 0, 2: 0}
+
+
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -350,7 +354,7 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics, running_mean, running_var = ctx.saved_tensors
-        wants = wanted_gradients(ctx)[:3]
+        wants = wanted_gradients(ctx, _BESIDE)[:3]
         if torch.is_grad_enabled():
             arguments = (x, grads[0], weight, bias, statistics, running_mean, running_var)
             found = norm_act_second.differentiable_backward(*arguments, wants, ctx.settings)

@@ -15,9 +15,10 @@ Given the gradients ddx, ddweight and ddbias of an objective with respect to the
     x:  invstd * (q - (sum q + xhat * (sum q * xhat + weight * invstd * k)) / M)
     weight: invstd * k
 
-In evaluation there is no term with M. The kernels of the CPU have this for channels_last maps and
-activations without a second derivative; the rest, and derivatives of third order, are those of the
-reference. Saved: x, dy, weight, bias and the statistics. Gradient order: x, dy, weight, bias.
+In evaluation there is no term with M. The kernels of the CPU have this for channels_last maps, into
+which others are copied, and activations without a second derivative; the rest, and derivatives of
+third order, are those of the reference. Saved: x, dy, weight, bias and the statistics. Gradient
+order: x, dy, weight, bias.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from pygan.ops import map_memory, native, norm_act
 from pygan.ops.dense import dense
+from pygan.ops.layout import reordered
 from pygan.ops.wanted import wanted_gradients
 
 if TYPE_CHECKING:
@@ -50,14 +52,31 @@ def differentiable_backward(
     """Gradients of x, weight and bias, each where wanted, as functions of dy, x and the parameters;
     the running statistics are read in evaluation."""
     bends = settings.activation in ("tanh", "sigmoid")
-    if not bends and norm_act.supports_cpu(x, weight, bias) is None and dense(x)[1] == 0:
-        buffers = (running_mean, running_var)
-        found: Sequence[Tensor | None] = _NormActBackward.apply(
-            x, dy, weight, bias, statistics, *buffers, wants, settings
-        )
-        return found
+    if not bends and norm_act.supports_cpu(x, weight, bias) is None:
+        rest = (weight, bias, statistics, running_mean, running_var, wants, settings)
+        if dense(x)[1] == 0:
+            return _with_kernels(x, dy, *rest)
+        # Copies of a map cost a fraction of what the reference does.
+        dx, dweight, dbias = _with_kernels(_in_rows(x), _in_rows(dy), *rest)
+        return (None if dx is None else _in_planes(dx, x), dweight, dbias)
     y = norm_act.norm_act_ref(x, running_mean, running_var, weight, bias, settings)
     return _grads(y, (x, weight, bias), dy, wants)
+
+
+def _with_kernels(*arguments: Any) -> Sequence[Tensor | None]:
+    found: Sequence[Tensor | None] = _NormActBackward.apply(*arguments)
+    return found
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """``[N, C, *]`` as a 4-D map in channels_last, with gradients in the layout of x."""
+    x = x.flatten(2).unsqueeze(2) if x.dim() != 4 else x
+    return reordered(x, torch.channels_last)
+
+
+def _in_planes(x: Tensor, like: Tensor) -> Tensor:
+    """Such a map as it was, contiguous and of the shape of ``like``."""
+    return reordered(x, torch.contiguous_format).view(like.shape)
 
 
 def _grads(
@@ -70,6 +89,10 @@ def _grads(
         next(found) if wanted and t is not None else None
         for t, wanted in zip(tensors, wants, strict=True)
     ]
+
+
+# The sums that the gradients of weight and bias are come with dy's.
+_BESIDE = {2: 1, 3: 1}
 
 
 class _NormActBackward(torch.autograd.Function):
@@ -96,7 +119,7 @@ class _NormActBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, dy, weight, bias, statistics, running_mean, running_var = ctx.saved_tensors
-        wants, settings = wanted_gradients(ctx), ctx.settings
+        wants, settings = wanted_gradients(ctx, _BESIDE), ctx.settings
         if not torch.is_grad_enabled():
             found = _cpu_second(x, dy, weight, bias, statistics, grads, wants, settings)
             # The slope of a ReLU depends on the bias, though it changes nowhere; torch says 0.

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pygan.ops import dispatch, norm_act, norm_act_second, norm_act_triton, strided_conv
+from pygan.ops.layout import is_last
 from pygan.ops.moments import Moments
 from pygan.ops.norm_act import Settings
 from pygan.ops.norm_conv_gpu import Norm
@@ -91,7 +92,7 @@ def _prepared(
     usual = dispatch.wished() in ("auto", "triton") and x.dim() == 4
     if conv.conv_pass == "down" and conv.activation != "none":
         return None
-    if not usual or _slope(settings) is None or not strided_conv.is_last(x):
+    if not usual or _slope(settings) is None or not is_last(x):
         return None
     if not x.is_contiguous(memory_format=torch.channels_last):
         return None
@@ -116,6 +117,9 @@ def _prepared(
     )
     takes = call is not None and (call.layer.native or call.layer.gpu is not None)
     return _Prepared(call, norm) if call and takes and call.x.dtype is x.dtype else None
+
+
+_BESIDE = {1: 0, 2: 0, 4: 3}  # in _NormConv's order
 
 
 class _NormConv(torch.autograd.Function):
@@ -148,7 +152,7 @@ class _NormConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, statistics, coefficients, *_ = ctx.saved_tensors
-        up, settings, wants = ctx.up, ctx.settings, wanted_gradients(ctx)
+        up, settings, wants = ctx.up, ctx.settings, wanted_gradients(ctx, _BESIDE)
         dy = grads[0].contiguous(memory_format=torch.channels_last)
         dbias = dy.sum((0, 2, 3), dtype=torch.float32) if wants[4] else None
         if torch.is_grad_enabled():
@@ -173,7 +177,7 @@ class _NormConv(torch.autograd.Function):
 def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """Gradients of x, the norm's weight and bias and the weight as functions of all and dy."""
     x, norm_weight, norm_bias, weight, statistics, _, running_mean, running_var = ctx.saved_tensors
-    wants, settings, layer = wanted_gradients(ctx), ctx.settings, ctx.layer.plain(x.dtype)
+    wants, settings, layer = wanted_gradients(ctx, _BESIDE), ctx.settings, ctx.layer.plain(x.dtype)
     found: list[Tensor | None] = [None] * 4
     if any(wants[:3]):
         df = strided_conv.Conv.apply("down" if ctx.up else "up", dy, weight, None, layer, True)

@@ -57,6 +57,7 @@ from pygan.ops import (
     strided_conv_gpu,
     torch_conv,
 )
+from pygan.ops.layout import is_last, reordered
 from pygan.ops.matrix_product import matrix_product
 from pygan.ops.moments import Moments
 from pygan.ops.norm_conv_gpu import Norm
@@ -203,19 +204,6 @@ def _layer(
     found |= {name: kernel(name, "auto") for name in refused}
     kernels = (found["up"], found["down"], found["weight_grad"])
     return _Layer(small_size, big_size, weight_format, *kernels, refused=refused)
-
-
-def is_last(x: Tensor) -> bool:
-    """Whether torch's convolutions take x for channels_last, by strides alone as they do."""
-    _, c, h, w = x.shape
-    n_step, c_step, h_step, w_step = x.stride()
-    return (
-        w_step >= c * c_step
-        and h_step >= w * w_step
-        and n_step >= h * h_step
-        and h * h_step != c_step
-        and x.numel() > 0
-    )
 
 
 def _in_format(x: Tensor, last: bool) -> Tensor:
@@ -407,7 +395,7 @@ class Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, y), (_, *wants) = ctx.saved_tensors, wanted_gradients(ctx)
+        (x, weight, y), (_, *wants) = ctx.saved_tensors, wanted_gradients(ctx, {3: 2})
         up, down, weight_grad = _passes()
         dy = grads[0].contiguous(memory_format=_LAST)
         gate: tuple[Any, ...] = ()
@@ -739,38 +727,6 @@ def _may_be_small(
         and _supports_cpu(x, weight, bias, 0 if conv_pass == "up" else 1) is None
         and few_positions.is_small(conv_pass, x, weight)
     )
-
-
-def contiguous(x: Tensor) -> Tensor:
-    """x contiguous, by its strides too where one channel or one position leaves them open."""
-    x = x.contiguous()
-    return x.flatten().view(x.shape) if x.dim() == 4 and is_last(x) else x
-
-
-class _Reordered(torch.autograd.Function):
-    """A map in the other layout, whose gradient has the layout of the map: operations that meet
-    both in different ones are many times slower."""
-
-    @staticmethod
-    def forward(x: Tensor, format: torch.memory_format) -> Tensor:
-        return contiguous(x) if format is _FIRST else x.contiguous(memory_format=format)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.format = _LAST if is_last(inputs[0]) else _FIRST
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy.contiguous(memory_format=ctx.format), None
-
-
-def reordered(x: Tensor, format: torch.memory_format) -> Tensor:
-    """A map in a layout, itself where it has that, with gradients in the layout of x."""
-    differs = x.dim() == 4 and not x.is_contiguous(memory_format=format)
-    if differs and x.requires_grad and torch.is_grad_enabled():
-        result: Tensor = _Reordered.apply(x, format)
-        return result
-    return contiguous(x) if format is _FIRST else x.contiguous(memory_format=format)
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, sweep: Sweep) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolutions that torch runs, with second derivatives that keep the layout of their maps.
+"""Convolutions that torch runs, with second derivatives that keep maps in channels_last.
 
 The first derivatives are torch's. Torch makes the second ones of transposed and grouped
 convolutions of other layers, slower ones in channels_last, and hands them on contiguous, so that
@@ -35,12 +35,17 @@ class Sweep(NamedTuple):
     groups: int = 1
 
 
+def _is_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, sweep: Sweep) -> Tensor:
     """``conv2d`` or ``conv_transpose2d`` of ``[N, C, H, W]``."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     kept = (
         torch.is_grad_enabled()
         and x.dim() == weight.dim() == 4
+        and (_is_last(x) or _is_last(weight))
         and any(t.requires_grad for t in tensors)
         and all(t.dtype is x.dtype for t in tensors)
         and not torch.is_autocast_enabled("cpu")
@@ -83,7 +88,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, weight), wants = grads, ctx.saved_tensors, wanted_gradients(ctx)[:3]
+        (dy,), (x, weight), wants = grads, ctx.saved_tensors, wanted_gradients(ctx, {2: 1})[:3]
         dbias = dy.sum((0, 2, 3)) if wants[2] else None
         if not any(wants[:2]):
             return None, None, dbias, None

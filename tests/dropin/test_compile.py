@@ -98,7 +98,7 @@ NETWORKS: dict[str, tuple[str, str, dict[str, int]]] = {
     "attribute D": ("dcgan-attributes", "d", {"down": 1, "norm_conv": 1}),
     "upsample G": ("dcgan-upsample", "g", {"upsample_conv2d": 2, "norm_act": 3}),
     "residual G": ("sngan", "g", {"upsample_conv2d": 2, "norm_act": 5}),
-    "residual D": ("sngan", "d", {"conv2d": 5, "conv2d_avg_pool": 2}),
+    "residual D": ("sngan", "d", {"conv2d": 4, "conv2d_avg_pool": 2}),
     "U-Net": ("pix2pix", "g", {"down": 1, "norm_act": 4, "conv_transpose2d": 3}),
     "MLP": ("wgan-clipped", "g", {"norm_act": 2}),
 }

@@ -228,9 +228,9 @@ def test_fused_layers_take_no_more_operations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kernels: list[str] = []
-    for name, each in norm_act._KERNELS.items():
-        counted = norm_act._Kernels(*(_counted(run, kernels) for run in each))
-        monkeypatch.setitem(norm_act._KERNELS, name, counted)
+    for name, each in norm_act.KERNELS.items():
+        counted = norm_act.Kernels(*(_counted(run, kernels) for run in each))
+        monkeypatch.setitem(norm_act.KERNELS, name, counted)
 
     def make() -> nn.Module:
         network = sequence(norm)() if form == "sequence" else Form(norm(), BODIES[form])

@@ -11,7 +11,8 @@ from accuracy import assert_accurate_convolution
 from torch import Tensor
 
 from pygan import functional
-from pygan.ops import few_positions, strided_conv
+from pygan.ops import few_positions
+from pygan.ops.layout import is_last
 
 LAST = torch.channels_last
 SHAPES = ((1, 1, 1), (1, 2, 3), (3, 5, 4), (2, 4, 8))  # batch, and the small map's sides
@@ -83,7 +84,7 @@ def test_against_torch(conv_pass: str, odd: bool, dtype: torch.dtype, calls: lis
             grad = "weight" in name
             assert_accurate_convolution(name, ours, plain, oracle, dtype, weight_grad=grad)
             assert ours.dtype == plain.dtype
-        assert strided_conv.is_last(results[0]["y"]) == strided_conv.is_last(results[1]["y"])
+        assert is_last(results[0]["y"]) == is_last(results[1]["y"])
 
 
 @pytest.mark.parametrize("conv_pass", ["up", "down"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import pygan
-from pygan.ops import strided_conv
+from pygan.ops import strided_conv, wanted
 from pygan.ops.wanted import wanted_gradients
 
 SEEN: list[tuple[bool, ...]] = []
@@ -68,6 +68,38 @@ def test_an_inner_pass_asks_for_itself(xw: tuple[Tensor, Tensor]) -> None:
     run(lambda a: Product.apply(a, 3, w), x * 1, use_reentrant=True).sum().backward()
     assert SEEN == [(True, False, True)]
     assert w.grad is not None and x.grad is not None
+
+
+def test_what_costs_nothing_beside_another_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    executes = wanted._executes
+    monkeypatch.setattr(wanted, "_executes", lambda node: asked.append(node) or executes(node))
+    x, w, b = (torch.ones(2, requires_grad=True) for _ in range(3))
+    found = []
+
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            return x + w + b
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+            found.append(wanted_gradients(ctx, {2: 1}))
+            return grads[0], grads[0], grads[0]
+
+    for inputs, count in (((x, w, b), 2), ((x,), 3), ((b,), 3), ((w,), 2)):
+        asked.clear()
+        torch.autograd.grad(Sum.apply(x, w, b).sum(), inputs)
+        assert len(asked) == count
+    # Of what w takes along a gradient that nobody uses may be computed, of others none.
+    assert found == [
+        (True, True, True),
+        (True, False, False),
+        (False, False, True),
+        (False, True, True),
+    ]
 
 
 @pytest.mark.native
