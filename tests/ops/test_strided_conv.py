@@ -586,9 +586,11 @@ def test_only_wanted_gradients_are_computed(
     for name in names:
         real = getattr(op, name)
 
-        def watched(*args: Any, name: str = name, real: Callable[..., Tensor] = real) -> Tensor:
+        def watched(
+            *args: Any, name: str = name, real: Callable[..., Tensor] = real, **kwargs: Any
+        ) -> Tensor:
             calls.append(name)
-            return real(*args)
+            return real(*args, **kwargs)
 
         monkeypatch.setattr(op, name, watched)
     back = "run_down" if conv_pass == "up" else "run_up"
