@@ -264,8 +264,7 @@ class _Step:
         if self.tricks.clip_grad is not None:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(network.parameters(), self.tricks.clip_grad)
-        with MemoryOrder() if self.device.type == "cpu" else contextlib.nullcontext():
-            scaler.step(optimizer)
+        scaler.step(optimizer)
         scaler.update()
 
     @property
@@ -431,6 +430,12 @@ class AdversarialStep(_Step):
             raise UserError(f"graph is 'on' and {changing}, which no graph repeats; give 'auto'")
         if self.graph != "off" and self.device.type == "cuda" and changing is None:
             self._graphed = GraphedStep(self, CudaGraphs(self.device), required=self.graph == "on")
+
+    def _finish(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        with MemoryOrder() if self.device.type == "cpu" else contextlib.nullcontext():
+            super()._finish(network, optimizer, scaler)
 
     def _run(self, inputs: Inputs) -> StepResult:
         return self.run_eagerly(inputs) if self._graphed is None else self._graphed(inputs)
