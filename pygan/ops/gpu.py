@@ -16,6 +16,15 @@ def holds(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
+def both(
+    running_mean: torch.Tensor | None, running_var: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Running statistics, None where there are none."""
+    if running_mean is None or running_var is None:
+        return None
+    return running_mean, running_var
+
+
 def follow_mean(
     running_mean: torch.Tensor,
     running_var: torch.Tensor,

@@ -123,8 +123,7 @@ def supports_cpu(x: Tensor, *parameters: Tensor | None) -> str | None:
 def has_kernel(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a kernel takes x where nothing else is wished for."""
     if gpu.holds(x):
-        found = (_supports_cuda(x, *parameters), _supports_triton(x, *parameters))
-        return None in found
+        return _supports_cuda(x, *parameters) is None or _supports_triton(x, *parameters) is None
     return supports_cpu(x, *parameters) is None
 
 
@@ -417,7 +416,8 @@ def parts_for(moments: Moments | None, chosen: str, settings: Settings) -> Tenso
     use them."""
     if moments is None or not settings.training or moments.groups != settings.groups:
         return None
-    if settings.averaged:  # what merges them follows group by group
+    # What merges them lets the running statistics follow group by group.
+    if settings.averaged:
         return None
     return moments.parts if chosen in ("cuda", "triton") else None
 

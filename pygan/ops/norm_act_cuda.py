@@ -102,9 +102,7 @@ def _run_forward(
         return torch.stack([running_mean, torch.rsqrt(running_var + settings.eps)]).view(2, 1, -1)
     module, shape = cuda_native.module(), _shape(x, layout, settings)
     training, found = settings.training and given is None, given
-    running = None
-    if given is None and running_mean is not None and running_var is not None:
-        running = running_mean, running_var
+    running = gpu.both(running_mean, running_var) if given is None else None
     if found is None:
         found = x.new_empty((2, settings.groups, x.shape[1]), dtype=torch.float32)
     averaged = training and running is not None and settings.averaged

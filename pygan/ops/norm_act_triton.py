@@ -7,7 +7,7 @@ Nothing here synchronises; scratch comes from torch's allocator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,9 +54,7 @@ def forward(
     x, layout = dense(x)
     training, momentum, eps, activation, slope, groups, averaged = settings
     y, map, f = torch.empty_like(x), _map(x, layout, groups), ACTIVATIONS[activation]
-    running = None
-    if running_mean is not None and running_var is not None and given is None:
-        running = running_mean, running_var
+    running = gpu.both(running_mean, running_var) if given is None else None
     found = given
     if found is None:
         found = x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
@@ -80,18 +78,16 @@ def _take(
     bias: Tensor | None,
     map: Map,
     momentum: float,
-    eps: float,
-    activation: int,
-    slope: float,
+    *rest: Any,
 ) -> None:
-    """Statistics of x into ``found``, and y where wanted; running statistics follow each group, or
-    the mean of them where ``averaged``."""
+    """``statistics_and_values`` of the kernels, which takes the ``rest``; running statistics follow
+    each group, or the mean of them where ``averaged``."""
     from pygan.kernels import norm_act as kernels
 
     variance = None if running is None or not averaged else torch.empty_like(found[0])
     followed = running if variance is None else None
-    rest = (x, weight, bias, map, momentum, eps, activation, slope)
-    kernels.statistics_and_values(y, found, variance, followed, *rest)
+    operands = (x, weight, bias, map, momentum)
+    kernels.statistics_and_values(y, found, variance, followed, *operands, *rest)
     if running is not None and variance is not None:
         gpu.follow_mean(*running, found[0], variance, momentum)
 
@@ -110,9 +106,7 @@ def coefficients(
     from pygan.kernels import norm_act_coefficients
 
     training, momentum, eps, _, _, groups, averaged = settings
-    running = None
-    if running_mean is not None and running_var is not None and given is None:
-        running = running_mean, running_var
+    running = gpu.both(running_mean, running_var) if given is None else None
     found = given
     if found is None:
         found = x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
@@ -140,9 +134,7 @@ def merged(
     from pygan.kernels import norm_act_coefficients
 
     groups, channels = parts.shape[0], parts.shape[3]
-    running = None
-    if running_mean is not None and running_var is not None:
-        running = running_mean, running_var
+    running = gpu.both(running_mean, running_var)
     found, result = parts.new_empty((2, groups, channels)), parts.new_empty((groups, 3, channels))
     with gpu.on(parts.device):
         norm_act_coefficients.merge(

@@ -245,7 +245,7 @@ def norm_conv(
             x, running_mean, running_var, weight, bias, **settings._asdict(), given=given
         )
         if conv.conv_pass == "up":
-            return strided_conv.up(*(y, *conv[1:5]), moments=conv.moments)
+            return strided_conv.up(y, *conv[1:5], moments=conv.moments)
         return strided_conv.down(
             y, *conv[1:3], conv.activation, conv.negative_slope, moments=conv.moments
         )

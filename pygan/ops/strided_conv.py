@@ -663,11 +663,15 @@ def up(
     that run take them."""
     if activation not in ("none", "tanh"):
         raise UserError(f"activation is {activation!r}; it is one of none, tanh")
-    extra: dict[str, Any] = {"method": method, "impl": impl, "moments": moments}
-    extra["activation"] = activation
-    call = prepare("up", small, weight, bias, output_padding, **extra)
+    call = prepare(
+        *("up", small, weight, bias, output_padding),
+        method=method,
+        impl=impl,
+        moments=moments,
+        activation=activation,
+    )
     if call is None:
-        fits = all(0 <= extra < 2 for extra in output_padding)  # else torch has a word for it
+        fits = all(0 <= odd < 2 for odd in output_padding)  # else torch has a word for it
         if fits and _may_be_small("up", small, weight, bias, method, impl):
             y = few_positions.up(small, weight, bias, tuple(output_padding))
             y = _in_format(y, is_last(small) or is_last(weight))
