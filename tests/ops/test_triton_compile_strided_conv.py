@@ -62,26 +62,25 @@ class Variant(NamedTuple):
 
 
 def variants() -> list[Variant]:
-    """Every form in which a configuration is launched, in bfloat16 and in both ways to multiply
-    float32."""
+    """Every configuration as it is launched, in bfloat16 and in both ways to multiply float32. What
+    costs few registers, a bias and statistics beside a normalized map, is there in every second."""
     from pygan.kernels.strided_conv_configs import CONFIGS, FUSED
 
     found = []
-    for conv_pass, (kind, dtype, precision), at in itertools.product(PASSES, KINDS, SHARED_LIMIT):
-        # The map that is normalized, and whether statistics are taken.
-        forms = [("none", True)]
-        if kind != "ieee":
-            reads = {"up": ("small",), "down": ("big",), "weight_grad": ("small", "big")}
-            forms += itertools.product(reads[conv_pass], (False, True))
+    reads = {"up": ("small",), "down": ("big",), "weight_grad": ("small", "big")}
+    given = itertools.product(PASSES, KINDS, enumerate(SHARED_LIMIT))
+    for conv_pass, (kind, dtype, precision), (i_gpu, at) in given:
+        fused, maps = FUSED[kind][conv_pass], reads[conv_pass] if kind != "ieee" else ()
         launched = [(config, "none", False) for config in CONFIGS[kind][conv_pass]]
-        launched += [(config, *form) for config in FUSED[kind][conv_pass] for form in forms]
-        for config, normalized, statistics in launched:
-            usual = Variant(conv_pass, config, at, dtype, precision, normalized)
+        launched += [(config, "none", True) for config in fused if conv_pass != "weight_grad"]
+        launched += [(config, each, False) for config in fused for each in maps]
+        for i, (config, normalized, statistics) in enumerate(launched):
+            variant = Variant(conv_pass, config, at, dtype, precision, normalized)
             if conv_pass != "weight_grad":
-                each = usual._replace(statistics=statistics)
-                found += [each, each._replace(bias=False)]
-            elif not statistics:
-                found.append(usual)
+                second = (i + i_gpu) % 2 == 1
+                statistics = second if normalized != "none" else statistics
+                variant = variant._replace(bias=not second, statistics=statistics)
+            found.append(variant)
         if kind == "half" and at == 90:
             configs = CONFIGS[kind][conv_pass]
             found.append(Variant(conv_pass, configs[0], at, "fp16"))
@@ -194,9 +193,11 @@ def copied() -> list[Copied]:
     capabilities = [at for at in SHARED_LIMIT if at >= 90]
     forms = [(4, True, True), (16, False, True), (8, True, False), (64, False, False)]
     for dtype, conv_pass in itertools.product((torch.bfloat16, torch.float32), PASSES[:2]):
-        for (size, bias, statistics), at in itertools.product(forms, capabilities):
+        for i, (size, bias, statistics) in enumerate(forms):
             given = (conv_pass, CHANNELS, CHANNELS, dtype, "tf32", statistics)
-            for config in with_descriptors(*given):
+            for j, config in enumerate(with_descriptors(*given)):
+                # Each with and without statistics on every GPU, and with a bias on one of them.
+                at = capabilities[(i + j) % len(capabilities)]
                 found.append(Copied(conv_pass, config, at, dtype, size, bias, statistics))
     return found
 
