@@ -55,7 +55,22 @@ def test_slower_ones_are_named() -> None:
     rows = [row("a G", "fp32", 0.96), row("a G", "bf16", 0.98)]
     lines = list(every_network.report({"networks": rows}))
     assert lines[2] == "| a G | **0.95 (0.90–0.96)** | 0.95 (0.90–0.98) | 95.2 | 95.2 |"
-    assert lines[-1] == "1 of 2 are slower than 0.97 times plain torch's speed: a G fp32."
+    assert lines[-1] == (
+        "1 of 2 are slower than 0.97 times plain torch's speed (a G fp32); "
+        "of 1 it is not told (a G bf16)."
+    )
+
+
+def test_rounds_are_added_until_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(every_network, "warm_up", lambda *_: 1.0)  # so a sample is one call
+    rounds = iter([([1.0] * 11, [0.9] * 5 + [1.1] * 6), ([1.0] * 11, [1.1] * 11)])
+    monkeypatch.setattr(every_network, "interleave", lambda *_: next(rounds))
+    found = every_network.compare("conditional, MLP G", "fp32", every_network.PLAN)
+    assert len(found["seconds"]["fused"]) == 22 and found["ratio"]["low"] == 1.1
+    monkeypatch.setattr(every_network, "PATIENCE", 0.0)
+    monkeypatch.setattr(every_network, "interleave", lambda *_: ([1.0] * 11, [0.9] * 5 + [1.1] * 6))
+    found = every_network.compare("conditional, MLP G", "fp32", every_network.PLAN)
+    assert len(found["seconds"]["fused"]) == 11
 
 
 def test_a_wrong_network_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
