@@ -43,7 +43,7 @@ PROG = "python -m benchmarks.every_network"
 PLAN = Plan(rounds=11, sample_seconds=0.05, warmup_calls=6, warmup_seconds=0.3, peak_repeats=0)
 QUICK_PLAN = replace(QUICK, warmup_calls=6)  # what reads a layer's output is learnt in the first
 LEAST = 0.97  # times as fast: what noise and looking may cost
-PATIENCE = 20.0  # seconds, for which rounds are added to those that have not shown LEAST or not
+PATIENCE = 20.0  # seconds
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -232,20 +232,21 @@ def check(name: str, precision: str) -> None:
     require_right(f"{name}, fused", precision, *errors, CONVOLUTION_FACTOR[precision], floors)
 
 
-def compare(name: str, precision: str, plan: Plan) -> dict[str, Any]:
-    """Seconds of a call on both sides, and the ratio."""
+def compare(name: str, precision: str, plan: Plan, patience: float = 0.0) -> dict[str, Any]:
+    """Seconds of a call on both sides, and the ratio. Rounds are added for ``patience`` seconds
+    while the ratio's interval holds `LEAST`."""
     check(name, precision)
     device = torch.device("cpu")
     calls = [way(name, on, precision == "bf16") for on in (True, False)]
     once = [warm_up(call, plan, device) for call in calls]
     each = [max(1, math.ceil(plan.sample_seconds / seconds)) for seconds in once]
-    rows: list[list[float]] = [[], []]
-    end = time.perf_counter() + (0 if plan == QUICK_PLAN else PATIENCE)
+    fused: list[float] = []
+    plain: list[float] = []
+    end = time.perf_counter() + patience
     while True:
         more = interleave(calls, each, plan.rounds, device)
-        for row, times, n in zip(rows, more, each, strict=True):
+        for row, times, n in zip((fused, plain), more, each, strict=True):
             row += [t / n for t in times]
-        fused, plain = rows
         ratio = speed_ratio(fused, plain)
         if not ratio.low < LEAST <= ratio.high or time.perf_counter() > end:
             break
@@ -259,7 +260,7 @@ def compare(name: str, precision: str, plan: Plan) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of all networks whose name holds a word that is asked for."""
-    plan = QUICK_PLAN if options.quick else PLAN
+    plan, patience = (QUICK_PLAN, 0.0) if options.quick else (PLAN, PATIENCE)
     words = options.only or [""]
     chosen = [name for name in NETWORKS if any(word in name for word in words)]
     if not chosen:
@@ -267,7 +268,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found = []
     for name in chosen:
         for precision in PRECISIONS:
-            found.append(compare(name, precision, plan))
+            found.append(compare(name, precision, plan, patience))
             ratio = found[-1]["ratio"]["median"]
             print(f"{name}, {precision}: {ratio:.2f}", file=sys.stderr, flush=True)
     return {

@@ -65,9 +65,8 @@ def test_rounds_are_added_until_it_shows(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(every_network, "warm_up", lambda *_: 1.0)  # so a sample is one call
     rounds = iter([([1.0] * 11, [0.9] * 5 + [1.1] * 6), ([1.0] * 11, [1.1] * 11)])
     monkeypatch.setattr(every_network, "interleave", lambda *_: next(rounds))
-    found = every_network.compare("conditional, MLP G", "fp32", every_network.PLAN)
+    found = every_network.compare("conditional, MLP G", "fp32", every_network.PLAN, 60.0)
     assert len(found["seconds"]["fused"]) == 22 and found["ratio"]["low"] == 1.1
-    monkeypatch.setattr(every_network, "PATIENCE", 0.0)
     monkeypatch.setattr(every_network, "interleave", lambda *_: ([1.0] * 11, [0.9] * 5 + [1.1] * 6))
     found = every_network.compare("conditional, MLP G", "fp32", every_network.PLAN)
     assert len(found["seconds"]["fused"]) == 11

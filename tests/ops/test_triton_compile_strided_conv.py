@@ -77,9 +77,9 @@ def variants() -> list[Variant]:
         for i, (config, normalized, statistics) in enumerate(launched):
             variant = Variant(conv_pass, config, at, dtype, precision, normalized)
             if conv_pass != "weight_grad":
-                second = (i + i_gpu) % 2 == 1
-                statistics = second if normalized != "none" else statistics
-                variant = variant._replace(bias=not second, statistics=statistics)
+                more = (i + i_gpu) % 2 == 0
+                statistics |= more and normalized != "none"
+                variant = variant._replace(bias=more, statistics=statistics)
             found.append(variant)
         if kind == "half" and at == 90:
             configs = CONFIGS[kind][conv_pass]
