@@ -131,12 +131,14 @@ void forward_channels_last(const NormActForward& args) {
     sample_means(s, x, args.mean);
     for_each_block(s, [&](int64_t row, int64_t rows, int64_t block, int64_t g) {
       const float* shifts = args.mean + g * C;
-      sum_rows<2>(row, rows, C, args.scratch + block * block_scratch(s, 2),
-                  [&](int64_t at, int64_t c, auto lanes, Vec* sums) {
-                    const Vec d = lanes.stream(x + at) - lanes.get(shifts + c);
-                    sums[0] = sums[0] + d;
-                    sums[1] = fma(d, d, sums[1]);
-                  });
+      sum_rows<2>(
+          row, rows, C, args.scratch + block * block_scratch(s, 2),
+          [&](int64_t c, auto lanes) { return lanes.get(shifts + c); },
+          [&](Place place, auto lanes, Vec shift, Vec* sums) {
+            const Vec d = lanes.read(x, place) - shift;
+            sums[0] = sums[0] + d;
+            sums[1] = fma(d, d, sums[1]);
+          });
     });
     add_blocks<2>(s, args.scratch);
     const double count = static_cast<double>(blocks.rows);
@@ -154,10 +156,12 @@ void forward_channels_last(const NormActForward& args) {
   const Vec slope(s.negative_slope);
   with_activation(s.activation, [&](auto chosen) {
     for_each_block(s, [&](int64_t row, int64_t rows, int64_t, int64_t g) {
-      const float *means = args.mean + g * C, *scales = maps + 2 * g * C, *shifts = scales + C;
-      for_each_value(row, rows, C, [&](int64_t at, int64_t c, auto lanes) {
-        const Affine map{lanes.get(means + c), lanes.get(scales + c), lanes.get(shifts + c), slope};
-        lanes.put(y + at, forward_value<decltype(chosen)::value>(lanes.stream(x + at), map));
+      const ChannelMaps map_of{args.mean + g * C, maps + 2 * g * C, C, slope};
+      for_each_strip(row, rows, C, [&](auto strip, int64_t c, auto lanes) {
+        const Affine map = map_of(c, lanes);
+        strip.each([&](Place place) {
+          lanes.write(y, place, forward_value<decltype(chosen)::value>(lanes.read(x, place), map));
+        });
       });
     });
   });
@@ -179,13 +183,11 @@ void backward_channels_last(const NormActBackward& args) {
   with_activation(s.activation, [&](auto chosen) {
     constexpr Activation A = decltype(chosen)::value;
     for_each_block(s, [&](int64_t row, int64_t rows, int64_t block, int64_t g) {
-      const float *means = args.mean + g * C, *scales = maps + 2 * g * C, *shifts = scales + C;
       sum_rows<2>(row, rows, C, args.scratch + block * block_scratch(s, 2),
-                  [&](int64_t at, int64_t c, auto lanes, Vec* sums) {
-                    const Affine map{lanes.get(means + c), lanes.get(scales + c),
-                                     lanes.get(shifts + c), slope};
-                    const Vec d = lanes.stream(x + at) - map.centre;
-                    const Vec dz = gradient_of_z<A>(d, lanes.stream(dy + at), map);
+                  ChannelMaps{args.mean + g * C, maps + 2 * g * C, C, slope},
+                  [&](Place place, auto lanes, const Affine& map, Vec* sums) {
+                    const Vec d = lanes.read(x, place) - map.centre;
+                    const Vec dz = gradient_of_z<A>(d, lanes.read(dy, place), map);
                     sums[0] = sums[0] + dz;
                     sums[1] = fma(dz, d, sums[1]);
                   });
@@ -200,12 +202,14 @@ void backward_channels_last(const NormActBackward& args) {
                      });
     if (!dx) return;
     for_each_block(s, [&](int64_t row, int64_t rows, int64_t, int64_t g) {
-      const float *means = args.mean + g * C, *scales = maps + 2 * g * C, *shifts = scales + C;
-      for_each_value(row, rows, C, [&](int64_t at, int64_t c, auto lanes) {
-        const Affine map{lanes.get(means + c), lanes.get(scales + c), lanes.get(shifts + c), slope};
+      const ChannelMaps map_of{args.mean + g * C, maps + 2 * g * C, C, slope};
+      for_each_strip(row, rows, C, [&](auto strip, int64_t c, auto lanes) {
+        const Affine map = map_of(c, lanes);
         const Vec constant = lanes.get(offset + g * C + c), linear = lanes.get(tilt + g * C + c);
-        lanes.put(dx + at, gradient_of_x<A>(lanes.stream(x + at), lanes.stream(dy + at), map,
-                                            constant, linear));
+        strip.each([&](Place place) {
+          const Vec value = lanes.read(x, place), dvalue = lanes.read(dy, place);
+          lanes.write(dx, place, gradient_of_x<A>(value, dvalue, map, constant, linear));
+        });
       });
     });
   });
@@ -269,8 +273,8 @@ void channel_sums(const T* x, const T* dy, int64_t planes, int64_t spatial, int6
     for (int64_t i = n; i < n + n_planes; ++i) {
       for_each_vector(length, [&](int64_t j, auto lanes) {
         const int64_t at = i * stride + s + j;
-        const Vec d = lanes.stream(x + at) - map.centre;
-        const Vec dz = gradient_of_z<A>(d, lanes.stream(dy + at), map);
+        const Vec d = lanes.read(x, {at, at}) - map.centre;
+        const Vec dz = gradient_of_z<A>(d, lanes.read(dy, {at, at}), map);
         a = a + dz;
         b = fma(dz, d, b);
       });

@@ -13,27 +13,38 @@ namespace pygan::PYGAN_ISA_NS {
 
 inline constexpr int64_t kChunkRows =
     16;  // a float32 sum takes so many values, then joins a float64 one
+inline constexpr int64_t kStripRows = 4;  // in which what belongs to a channel is loaded once
 inline constexpr int64_t kChunkValues = kChunkRows * Vec::width;
 inline constexpr int64_t kAhead = 4096;  // bytes; less is late, more is evicted before it is used
 inline constexpr int64_t kSerialValues =
     1 << 14;  // below this a second thread costs more than it gives
 
-// A whole vector, or the lanes left at the end of a row.
+// A value of an array that comes from memory, and the value a page before what is to be asked for.
+struct Place {
+  int64_t at, asked;
+};
+
+// A whole vector, or the lanes left at the end of a row. read and write are get and put for
+// arrays that come from memory.
 struct Whole {
   static constexpr int count() { return Vec::width; }
   template <class T>
   Vec get(const T* p) const {
     return load(p);
   }
-  // The same, for arrays that come from memory: asks for what is needed a page later.
   template <class T>
-  Vec stream(const T* p) const {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
-    return load(p);
+  Vec read(const T* array, Place place) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(array + place.asked) + kAhead);
+    return load(array + place.at);
   }
   template <class T>
   void put(T* p, Vec value) const {
     store(p, value);
+  }
+  template <class T>
+  void write(T* array, Place place, Vec value) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(array + place.asked) + kAhead, 1);
+    store(array + place.at, value);
   }
 };
 struct Part {
@@ -44,12 +55,16 @@ struct Part {
     return load(p, lanes);
   }
   template <class T>
-  Vec stream(const T* p) const {
-    return load(p, lanes);
+  Vec read(const T* array, Place place) const {
+    return load(array + place.at, lanes);
   }
   template <class T>
   void put(T* p, Vec value) const {
     store(p, value, lanes);
+  }
+  template <class T>
+  void write(T* array, Place place, Vec value) const {
+    store(array + place.at, value, lanes);
   }
 };
 
@@ -110,6 +125,17 @@ void fill_maps(const Args& args, float* maps, int64_t stride) {
   }
 }
 
+// The maps of a group's channels, from arrays of the mean, and of scale and then shift.
+struct ChannelMaps {
+  const float *means, *maps;
+  int64_t channels;
+  Vec slope;
+  template <class Lanes>
+  Affine operator()(int64_t c, Lanes lanes) const {
+    return {lanes.get(means + c), lanes.get(maps + c), lanes.get(maps + channels + c), slope};
+  }
+};
+
 // dz from dy; d is x - mean.
 template <Activation A>
 Vec gradient_of_z(Vec d, Vec dy, const Affine& map) {
@@ -127,30 +153,54 @@ void for_each_block(const NormActShape& s, const Body& body) {
   });
 }
 
-// In the order of memory, which is what makes it fast: body(value, channel, lanes).
-template <class Body>
-void for_each_value(int64_t row, int64_t rows, int64_t channels, const Body& body) {
-  for (const int64_t end = row + rows; row < end; ++row) {
-    for_each_vector(channels, [&](int64_t c, auto lanes) { body(row * channels + c, c, lanes); });
+// A vector of channels in rows one below the other. Going through strips, loads and stores jump
+// from row to row; what is asked for comes in the order of memory, which is what makes it fast.
+template <int64_t Rows>
+struct Strip {
+  int64_t first, channel, channels;
+  template <class Body>
+  void each(const Body& body) const {
+    const int64_t asked = first + (Rows - 1) * channel;
+    for (int64_t r = 0; r < Rows; ++r) {
+      body(Place{first + r * channels, asked + r * Vec::width});
+    }
   }
+};
+
+// All strips of rows, so that what belongs to a channel is loaded once for each:
+// body(strip, channel, lanes).
+template <int64_t Most = kStripRows, class Body>
+void for_each_strip(int64_t row, int64_t rows, int64_t channels, const Body& body) {
+  const int64_t end = row + rows;
+  const auto take = [&](auto together) {
+    for (; row + together <= end; row += together) {
+      for_each_vector(channels, [&](int64_t c, auto lanes) {
+        body(Strip<together>{row * channels + c, c, channels}, c, lanes);
+      });
+    }
+  };
+  take(std::integral_constant<int64_t, Most>{});
+  take(std::integral_constant<int64_t, 1>{});
 }
 
 // `Sums` sums over rows for every channel, in the block's scratch: [Sums][channels] in float64,
-// which chunks of rows join, then as many in float32 for the chunk. terms(value, channel, lanes,
-// sums) adds to each of them.
-template <int Sums, int64_t ChunkRows = kChunkRows, class Terms>
-void sum_rows(int64_t row, int64_t rows, int64_t channels, double* scratch, const Terms& terms) {
+// which chunks of rows join, then as many in float32 for the chunk. of_channel(channel, lanes) is
+// what a strip needs, and add(place, lanes, that, sums) adds to each of its sums.
+template <int Sums, int64_t ChunkRows = kChunkRows, class OfChannel, class Add>
+void sum_rows(int64_t row, int64_t rows, int64_t channels, double* scratch,
+              const OfChannel& of_channel, const Add& add) {
   float* chunk = reinterpret_cast<float*>(scratch + Sums * channels);
   std::fill_n(scratch, Sums * channels, 0.0);
   for (const int64_t end = row + rows; row < end; row += ChunkRows) {
     std::fill_n(chunk, Sums * channels, 0.0f);
-    for_each_value(row, std::min(ChunkRows, end - row), channels,
-                   [&](int64_t at, int64_t c, auto lanes) {
-                     Vec sums[Sums];
-                     for (int i = 0; i < Sums; ++i) sums[i] = lanes.get(chunk + i * channels + c);
-                     terms(at, c, lanes, sums);
-                     for (int i = 0; i < Sums; ++i) lanes.put(chunk + i * channels + c, sums[i]);
-                   });
+    for_each_strip<std::min(kStripRows, ChunkRows)>(
+        row, std::min(ChunkRows, end - row), channels, [&](auto strip, int64_t c, auto lanes) {
+          const auto channel = of_channel(c, lanes);
+          Vec sums[Sums];
+          for (int i = 0; i < Sums; ++i) sums[i] = lanes.get(chunk + i * channels + c);
+          strip.each([&](Place place) { add(place, lanes, channel, sums); });
+          for (int i = 0; i < Sums; ++i) lanes.put(chunk + i * channels + c, sums[i]);
+        });
     for (int64_t c = 0; c < Sums * channels; ++c) scratch[c] += chunk[c];
   }
 }

@@ -11,20 +11,18 @@ constexpr int kSums = kNormActSecondSums;  // of ddx, dz, ddx dz, ddx d and dz d
 // The sums cancel: float64 takes over after fewer rows than for statistics.
 constexpr int64_t kFewRows = 2;
 
-// What every channel of a group has, as rows of [channels].
+// Of every channel of a group there are rows of [channels]: scale and shift as in ChannelMaps, then
+// these: dx = ddx * of_ddx + dz * of_dz + d * of_d + constant, ddz = ddx * scale + d * of_dz +
+// level
 struct Coefficients {
-  const float *scale, *shift;   // z = d * scale + shift
-  const float *of_ddx, *of_dz;  // dx = ddx * of_ddx + dz * of_dz + d * of_d + constant
-  const float *of_d, *constant;
-  const float* level;  // ddz = ddx * scale + d * of_dz + level
-  Coefficients(const float* rows, int64_t channels)
-      : scale(rows),
-        shift(rows + channels),
-        of_ddx(rows + 2 * channels),
-        of_dz(rows + 3 * channels),
-        of_d(rows + 4 * channels),
-        constant(rows + 5 * channels),
-        level(rows + 6 * channels) {}
+  Vec of_ddx, of_dz, of_d, constant, level;
+  template <class Lanes>
+  Coefficients(const float* rows, int64_t channels, Lanes lanes)
+      : of_ddx(lanes.get(rows + 2 * channels)),
+        of_dz(lanes.get(rows + 3 * channels)),
+        of_d(lanes.get(rows + 4 * channels)),
+        constant(lanes.get(rows + 5 * channels)),
+        level(lanes.get(rows + 6 * channels)) {}
 };
 
 void finish(const NormActSecond& args, double count, float* rows) {
@@ -73,18 +71,16 @@ void second(const NormActSecond& args) {
   const Vec slope(s.negative_slope);
   with_activation(s.activation, [&](auto chosen) {
     constexpr Activation A = decltype(chosen)::value;
-    const auto affine = [&](const Coefficients& of, int64_t g, int64_t c, auto lanes) {
-      return Affine{lanes.get(args.mean + g * C + c), lanes.get(of.scale + c),
-                    lanes.get(of.shift + c), slope};
+    const auto maps = [&](int64_t g) {
+      return ChannelMaps{args.mean + g * C, rows + g * kNormActSecondCoefficients * C, C, slope};
     };
     for_each_block(s, [&](int64_t row, int64_t count, int64_t block, int64_t g) {
-      const Coefficients of(rows + g * kNormActSecondCoefficients * C, C);
       sum_rows<kSums, kFewRows>(row, count, C, args.scratch + block * block_scratch(s, kSums),
-                                [&](int64_t at, int64_t c, auto lanes, Vec* sums) {
-                                  const Affine map = affine(of, g, c, lanes);
-                                  const Vec d = lanes.stream(x + at) - map.centre;
-                                  const Vec dz = gradient_of_z<A>(d, lanes.stream(dy + at), map);
-                                  const Vec a = lanes.stream(ddx + at);
+                                maps(g),
+                                [&](Place place, auto lanes, const Affine& map, Vec* sums) {
+                                  const Vec d = lanes.read(x, place) - map.centre;
+                                  const Vec dz = gradient_of_z<A>(d, lanes.read(dy, place), map);
+                                  const Vec a = lanes.read(ddx, place);
                                   sums[0] = sums[0] + a;
                                   sums[1] = sums[1] + dz;
                                   sums[2] = fma(a, dz, sums[2]);
@@ -95,21 +91,23 @@ void second(const NormActSecond& args) {
     add_blocks<kSums>(s, args.scratch);
     finish(args, static_cast<double>(row_blocks(s).rows), rows);
     for_each_block(s, [&](int64_t row, int64_t count, int64_t, int64_t g) {
-      const Coefficients of(rows + g * kNormActSecondCoefficients * C, C);
-      for_each_value(row, count, C, [&](int64_t at, int64_t c, auto lanes) {
-        const Affine map = affine(of, g, c, lanes);
-        const Vec d = lanes.stream(x + at) - map.centre;
-        const Vec a = lanes.stream(ddx + at);
-        if (dx) {
-          const Vec dz = gradient_of_z<A>(d, lanes.stream(dy + at), map);
-          const Vec linear = fma(d, lanes.get(of.of_d + c), lanes.get(of.constant + c));
-          lanes.put(dx + at,
-                    fma(a, lanes.get(of.of_ddx + c), fma(dz, lanes.get(of.of_dz + c), linear)));
-        }
-        if (ddy) {
-          const Vec linear = fma(d, lanes.get(of.of_dz + c), lanes.get(of.level + c));
-          lanes.put(ddy + at, gradient_of_z<A>(d, fma(a, map.scale, linear), map));
-        }
+      const ChannelMaps map_of = maps(g);
+      for_each_strip(row, count, C, [&](auto strip, int64_t c, auto lanes) {
+        const Affine map = map_of(c, lanes);
+        const Coefficients of(rows + g * kNormActSecondCoefficients * C + c, C, lanes);
+        strip.each([&](Place place) {
+          const Vec d = lanes.read(x, place) - map.centre;
+          const Vec a = lanes.read(ddx, place);
+          if (dx) {
+            const Vec dz = gradient_of_z<A>(d, lanes.read(dy, place), map);
+            const Vec linear = fma(d, of.of_d, of.constant);
+            lanes.write(dx, place, fma(a, of.of_ddx, fma(dz, of.of_dz, linear)));
+          }
+          if (ddy) {
+            const Vec linear = fma(d, of.of_dz, of.level);
+            lanes.write(ddy, place, gradient_of_z<A>(d, fma(a, map.scale, linear), map));
+          }
+        });
       });
     });
   });
