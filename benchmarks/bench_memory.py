@@ -76,8 +76,11 @@ def test_memory(
         pytest.skip("the resident set of a process is a CPU's measure")
     if quick and side_id not in QUICK_SIDES:
         pytest.skip(f"--quick measures {' and '.join(QUICK_SIDES)}")
+    if (reason := side.left_out(session.device)) is not None:
+        pytest.skip(reason)
     benchmark.group = NAME
     chosen = [SIDES[name] for name in (QUICK_SIDES if quick else SIDES)]
+    chosen = [each for each in chosen if each.left_out(session.device) is None]
     try:
         # The same code on smaller networks: what --quick measures is not quoted.
         STEP_CASES["dcgan32" if quick else "dcgan64"].check(session.device, chosen)

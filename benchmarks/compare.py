@@ -22,6 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from benchmarks import machine
 from benchmarks.ratio import Ratio, speed_ratio
 from benchmarks.report import load
 from benchmarks.summary import markdown_table
@@ -197,7 +200,8 @@ def interleaved(
     return found
 
 
-CASES = tuple((case, amp) for case in ("dcgan32", "dcgan64") for amp in ("off", "bf16"))
+CASES = ("dcgan32", "dcgan64")
+AMPS = {"fp32": "off", "bf16": "bf16"}
 
 
 def _compare(arguments: Sequence[str] | None) -> int:
@@ -215,9 +219,11 @@ def _compare(arguments: Sequence[str] | None) -> int:
     if bool(options.against) == bool(options.results):
         raise UserError("give two results, OLD.json NEW.json, or --against REV")
     if options.against:
-        cases = [case for case in CASES if options.k in f"{case[0]} {case[1]}"]
+        amps = [AMPS[precision] for precision in machine.precisions(torch.device("cpu"))]
+        known = [(case, amp) for case in CASES for amp in amps]
+        cases = [case for case in known if options.k in f"{case[0]} {case[1]}"]
         if not cases:
-            names = ", ".join(f"{case} {amp}" for case, amp in CASES)
+            names = ", ".join(f"{case} {amp}" for case, amp in known)
             raise UserError(f"no case has {options.k!r} in its name; they are {names}")
         with worktree(options.against) as tree:
             found = interleaved([tree, ROOT], cases, options.rounds)

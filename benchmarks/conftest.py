@@ -95,7 +95,7 @@ def bench(
 
     def run(case: Case, side_id: str) -> None:
         side = case.side(side_id)
-        if (reason := side.missing(session.device)) is not None:
+        if (reason := side.left_out(session.device)) is not None:
             pytest.skip(reason)
         benchmark.group = case.name
         try:

@@ -172,11 +172,15 @@ def figures(run: dict[str, Any], distance: float | None) -> dict[str, float | No
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All runs that the minutes have room for, seed by seed."""
     end = time.perf_counter() + 60 * options.minutes
+    device = torch.device(cli.device("auto"))
     runs, left_out = [], []
     for seed in range(options.seeds):
         for way, flags in WAYS.items():
-            if time.perf_counter() >= end:
-                left_out.append({"way": way, "seed": seed, "reason": "the minutes were over"})
+            reason = machine.emulated("bf16", device) if "bf16" in flags else None
+            if reason is None and time.perf_counter() >= end:
+                reason = "the minutes were over"
+            if reason is not None:
+                left_out.append({"way": way, "seed": seed, "reason": reason})
                 continue
             folder = options.runs / f"{way.replace(' ', '-').replace('--', '')}-{seed}"
             run = cost_of_run(
@@ -187,7 +191,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "kind": "cost",
         "command": " ".join([PROG, *_words(options)]),
-        "conditions": machine.conditions(torch.device(cli.device("auto"))),
+        "conditions": machine.conditions(device),
         "datetime": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "distance": options.to_distance,
         "left_out": left_out,

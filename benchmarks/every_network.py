@@ -44,7 +44,6 @@ PLAN = Plan(rounds=11, sample_seconds=0.05, warmup_calls=6, warmup_seconds=0.3, 
 QUICK_PLAN = replace(QUICK, warmup_calls=6)  # what reads a layer's output is learnt in the first
 LEAST = 0.97  # times as fast: what noise and looking may cost
 PATIENCE = 20.0  # seconds
-PRECISIONS = ("fp32", "bf16")
 
 
 class Network(NamedTuple):
@@ -266,8 +265,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if not chosen:
         raise UserError(f"no network is called {' or '.join(words)}; there are {list(NETWORKS)}")
     found = []
+    precisions = machine.precisions(torch.device("cpu"))
     for name in chosen:
-        for precision in PRECISIONS:
+        for precision in precisions:
             found.append(compare(name, precision, plan, patience))
             ratio = found[-1]["ratio"]["median"]
             print(f"{name}, {precision}: {ratio:.2f}", file=sys.stderr, flush=True)
@@ -291,11 +291,12 @@ def _cell(row: dict[str, Any]) -> str:
 def report(result: dict[str, Any]) -> Iterator[str]:
     """Lines of the table, and how many networks are slower."""
     rows = []
+    precisions = list(dict.fromkeys(row["precision"] for row in result["networks"]))
     for name in dict.fromkeys(row["network"] for row in result["networks"]):
         by = {r["precision"]: r for r in result["networks"] if r["network"] == name}
-        plain = [f"{1e3 * min(by[p]['seconds']['plain']):.1f}" for p in PRECISIONS]
-        rows.append([name, *(_cell(by[p]) for p in PRECISIONS), *plain])
-    heading = ["network", "fp32", "bf16", "plain fp32, ms", "plain bf16, ms"]
+        plain = [f"{1e3 * min(by[p]['seconds']['plain']):.1f}" for p in precisions]
+        rows.append([name, *(_cell(by[p]) for p in precisions), *plain])
+    heading = ["network", *precisions, *(f"plain {p}, ms" for p in precisions)]
     yield from summary.markdown_table(heading, rows)
     ratios = [(f"{r['network']} {r['precision']}", r["ratio"]) for r in result["networks"]]
     slower = [name for name, ratio in ratios if ratio["high"] < LEAST]

@@ -19,6 +19,7 @@ from pygan import power
 from pygan.power import synchronize
 
 GEMM_SIZE = 2048
+EMULATED_GEMM_SIZE = 256  # where a product of the other size would take minutes
 COPY_BYTES = 256 * 2**20
 ENERGY_SECONDS = 2.0
 # A GPU is that much faster than a CPU, and a clock reading costs it a wait.
@@ -65,6 +66,23 @@ def conditions(device: torch.device) -> dict[str, Any]:
     }
 
 
+def emulated(precision: str, device: torch.device) -> str | None:
+    """Why nothing is measured in this precision on this device, or None. "bf16" on a CPU without
+    AVX-512 has no vector code in torch: plain torch's steps take minutes, and nobody trains so."""
+    if precision != "bf16" or device.type != "cpu":
+        return None
+    try:
+        has_code = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # another torch: try
+        has_code = True
+    return None if has_code else "torch has no vector code for bfloat16 on this CPU"
+
+
+def precisions(device: torch.device) -> list[str]:
+    """Those that are measured on this device."""
+    return [name for name in ("fp32", "bf16") if emulated(name, device) is None]
+
+
 def _fastest(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     work()
     best, calls = float("inf"), 1 if device.type == "cpu" else GPU_CALLS
@@ -86,13 +104,15 @@ def measure_peaks(device: torch.device, repeats: int = 5) -> dict[str, float]:
     """
     peaks = {}
     on_cpu = device.type == "cpu"
-    n = GEMM_SIZE if on_cpu else GPU_GEMM * GEMM_SIZE
-    for name, dtype in (("gflops_fp32", torch.float32), ("gflops_bf16", torch.bfloat16)):
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        n = GEMM_SIZE if on_cpu else GPU_GEMM * GEMM_SIZE
+        if emulated(precision, device) is not None:
+            n = EMULATED_GEMM_SIZE
         a = torch.randn(n, n, device=device, dtype=dtype)
         b = torch.randn(n, n, device=device, dtype=dtype)
         made = torch.empty_like(a)
         seconds = _fastest(functools.partial(torch.mm, a, b, out=made), device, repeats)
-        peaks[name] = 2e-9 * n**3 / seconds
+        peaks[f"gflops_{precision}"] = 2e-9 * n**3 / seconds
     copied = COPY_BYTES if on_cpu else GPU_COPY * COPY_BYTES
     source = torch.ones(copied // 4, device=device)
     target = torch.empty_like(source)

@@ -55,6 +55,10 @@ class Side:
     def id(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
+    def left_out(self, device: torch.device) -> str | None:
+        """None, or why this side is not measured here."""
+        return machine.emulated(self.precision, device) or self.missing(device)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -240,7 +244,7 @@ class Session:
     def sides(self, case: Case) -> list[Side]:
         """Sides of ``case`` that are selected and run here."""
         chosen = (side for side in case.sides if (case.name, side.id) in self._selected)
-        return [side for side in chosen if side.missing(self.device) is None]
+        return [side for side in chosen if side.left_out(self.device) is None]
 
     def peaks(self) -> dict[str, float]:
         """Best found so far. Taken again now and then: a shared machine has slow moments."""

@@ -295,7 +295,9 @@ def page(result: dict[str, Any]) -> list[str]:
 
 def _profile(arguments: Sequence[str] | None) -> int:
     parser = cli.Parser(prog=PROG, description="Time of pygan's training step by operation.")
-    parser.add_argument("--amp", choices=("off", "bf16"), nargs="+", default=["off", "bf16"])
+    measured = machine.precisions(torch.device("cpu"))
+    amps = [amp for amp in PRECISION if PRECISION[amp] in measured]
+    parser.add_argument("--amp", choices=list(PRECISION), nargs="+", default=amps)
     parser.add_argument("--steps", type=cli.whole_number(1), default=10, help="default 10")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the record goes")
     options = parser.parse_args(arguments)

@@ -253,7 +253,8 @@ def command_line() -> cli.Parser:
 def measure(options: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     """The record of the axes asked for."""
     axes = list(dict.fromkeys(options.axis or AXES))
-    ways = [way for way in WAYS if way.name in SIDES]
+    measured = machine.precisions(torch.device("cpu"))
+    ways = [way for way in WAYS if way.name in SIDES and way.precision in measured]
     threads = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     before = torch.get_num_threads()
     end = time.perf_counter() + 60 * options.minutes

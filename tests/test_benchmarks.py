@@ -284,6 +284,31 @@ def test_a_missing_side_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(calls) == {"plain"}
 
 
+@pytest.mark.parametrize("supported", [False, True])
+def test_bfloat16_that_torch_only_emulates_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    namespace = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: supported)
+    monkeypatch.setattr(torch.ops, "mkldnn", namespace)
+    assert machine.precisions(CPU) == (["fp32", "bf16"] if supported else ["fp32"])
+    assert machine.precisions(torch.device("cuda")) == ["fp32", "bf16"]
+    case = _case([])
+    plain, ours = case.sides
+    case = replace(case, sides=(plain, replace(ours, precision="bf16")))
+    session = measure.Session([(case.name, side.id) for side in case.sides], measure.QUICK, CPU)
+    assert [side.name for side in session.sides(case)] == ["plain", "ours"][: 1 + supported]
+    monkeypatch.setattr(machine, "GEMM_SIZE", 64)
+    monkeypatch.setattr(machine, "EMULATED_GEMM_SIZE", 32)
+    sizes = []
+
+    def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        sizes.append((out.dtype, len(out)))
+
+    monkeypatch.setattr(torch, "mm", product)
+    machine.measure_peaks(CPU, 1)
+    assert set(sizes) == {(torch.float32, 64), (torch.bfloat16, 64 if supported else 32)}
+
+
 def test_a_case_limits_the_plan() -> None:
     assert measure.FULL.limited({"rounds": 7, "warmup_calls": 9}) == replace(measure.FULL, rounds=7)
     case = replace(_case([]), at_most={"rounds": 2})
