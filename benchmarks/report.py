@@ -5,7 +5,7 @@ what whole trainings cost, what ``pygan.fuse`` alone brings to networks, samplin
 side of the step; ``--all`` adds the single operations.
 ``--update README.md`` puts them between ``<!-- results -->`` and ``<!-- /results -->``.
 ``--out benchmarks/results`` keeps the result there, in a folder named after the device, and beside
-it the table of the convolutions by layer and the pictures of `benchmarks.pictures`.
+it the tables, that of the convolutions by layer, and the pictures of `benchmarks.pictures`.
 
 RESULT.json is what ``pytest benchmarks --benchmark-only --benchmark-json RESULT.json`` wrote, or
 the JSON of ``python -m benchmarks.scaling``, ``profile_step``, ``tricks``, ``every_network``,
@@ -322,7 +322,9 @@ def _report(arguments: Sequence[str] | None) -> int:
     text = tables(result, headline_only=not options.all, costs=costs)
     if options.out:
         kept = keep(result, options.out)
-        written = pictures(result, others, kept.parent)
+        page = kept.with_suffix(".md")
+        replace_file(page, f"# GAN training on this machine\n\n{text}\n".encode())
+        written = [page, *pictures(result, others, kept.parent)]
         for name, lines in others.pages().items():
             written.append(kept.with_name(name))
             replace_file(written[-1], ("\n".join(lines).rstrip() + "\n").encode())

@@ -720,6 +720,10 @@ def test_memory_in_a_result(result: dict[str, Any], tmp_path: Path) -> None:
     row = "| **pygan fp32** | **250 (200–300)** | **0.50 (0.33–0.75)** |"
     assert row in report.tables(result).splitlines()
     assert report.keep(result, tmp_path).exists()
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    assert report.main([str(tmp_path / "r.json"), "--out", str(tmp_path)]) == 0
+    (page,) = tmp_path.glob("*/torch-2.13.0.md")
+    assert row in page.read_text().splitlines()
     assert any("250 (200–300)" in line for line in summary.plain_text([entry["extra_info"]]))
 
 
