@@ -201,7 +201,6 @@ def interleaved(
 
 
 CASES = ("dcgan32", "dcgan64")
-AMPS = {"fp32": "off", "bf16": "bf16"}
 
 
 def _compare(arguments: Sequence[str] | None) -> int:
@@ -219,8 +218,7 @@ def _compare(arguments: Sequence[str] | None) -> int:
     if bool(options.against) == bool(options.results):
         raise UserError("give two results, OLD.json NEW.json, or --against REV")
     if options.against:
-        amps = [AMPS[precision] for precision in machine.precisions(torch.device("cpu"))]
-        known = [(case, amp) for case in CASES for amp in amps]
+        known = [(case, amp) for case in CASES for amp in machine.amps(torch.device("cpu"))]
         cases = [case for case in known if options.k in f"{case[0]} {case[1]}"]
         if not cases:
             names = ", ".join(f"{case} {amp}" for case, amp in known)

@@ -317,9 +317,10 @@ def page(result: dict[str, Any]) -> list[str]:
     return [
         "# Published networks behind `pygan.fuse`",
         "",
-        "Forward and backward of each network alone, float32 and under a bfloat16 autocast, "
-        "contiguous: how many times as fast as the same network in plain torch, the median over "
-        "interleaved rounds and its 95% interval. Where that holds the limit, rounds are added for "
+        "Forward and backward of each network alone, in float32 and, where torch does not only "
+        "emulate it, under a bfloat16 autocast, contiguous: how many times as fast as the same "
+        "network in plain torch, the median over interleaved rounds and its 95% interval. Where "
+        "that holds the limit, rounds are added for "
         f"{PATIENCE:.0f} seconds.",
         "",
         *report(result),

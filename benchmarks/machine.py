@@ -15,9 +15,11 @@ import psutil
 import torch
 
 import pygan
+from benchmarks.correct import DTYPE
 from pygan import power
 from pygan.power import synchronize
 
+PRECISION = {"off": "fp32", "bf16": "bf16"}  # of each value of ``amp``
 GEMM_SIZE = 2048
 EMULATED_GEMM_SIZE = 256  # where a product of the other size would take minutes
 COPY_BYTES = 256 * 2**20
@@ -80,7 +82,12 @@ def emulated(precision: str, device: torch.device) -> str | None:
 
 def precisions(device: torch.device) -> list[str]:
     """Those that are measured on this device."""
-    return [name for name in ("fp32", "bf16") if emulated(name, device) is None]
+    return [name for name in DTYPE if emulated(name, device) is None]
+
+
+def amps(device: torch.device) -> list[str]:
+    """Those of `PRECISION` that are measured on this device."""
+    return [amp for amp, precision in PRECISION.items() if emulated(precision, device) is None]
 
 
 def _fastest(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -104,7 +111,7 @@ def measure_peaks(device: torch.device, repeats: int = 5) -> dict[str, float]:
     """
     peaks = {}
     on_cpu = device.type == "cpu"
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for precision, dtype in DTYPE.items():
         n = GEMM_SIZE if on_cpu else GPU_GEMM * GEMM_SIZE
         if emulated(precision, device) is not None:
             n = EMULATED_GEMM_SIZE

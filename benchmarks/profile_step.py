@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import command, machine, summary
 from benchmarks.bench_train_step import NZ, Setup, pygan_step
+from benchmarks.machine import PRECISION
 from benchmarks.steps import DCGAN_ADAM
 from benchmarks.work import NORM_BACKWARD_PASSES, Work, strided_conv_work
 from pygan import cli
@@ -38,7 +39,6 @@ NATIVE, PHASE = "pygan::", "phase::"
 QUESTIONS = ("_scratch", "_method", "isa", "isas")
 OTHER = "other"
 ITEMSIZE = {"off": 4, "bf16": 2}
-PRECISION = {"off": "fp32", "bf16": "bf16"}
 # Multiplications of the plain algorithm over those of the method: F(m, 2) takes m + 1 for 2m.
 SPARED = {"direct": 1.0, "f22": (4 / 3) ** 2, "f42": (8 / 5) ** 2}
 
@@ -295,8 +295,7 @@ def page(result: dict[str, Any]) -> list[str]:
 
 def _profile(arguments: Sequence[str] | None) -> int:
     parser = cli.Parser(prog=PROG, description="Time of pygan's training step by operation.")
-    measured = machine.precisions(torch.device("cpu"))
-    amps = [amp for amp in PRECISION if PRECISION[amp] in measured]
+    amps = machine.amps(torch.device("cpu"))
     parser.add_argument("--amp", choices=list(PRECISION), nargs="+", default=amps)
     parser.add_argument("--steps", type=cli.whole_number(1), default=10, help="default 10")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the record goes")

@@ -291,6 +291,7 @@ def test_bfloat16_that_torch_only_emulates_is_left_out(
     namespace = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: supported)
     monkeypatch.setattr(torch.ops, "mkldnn", namespace)
     assert machine.precisions(CPU) == (["fp32", "bf16"] if supported else ["fp32"])
+    assert machine.amps(CPU) == (["off", "bf16"] if supported else ["off"])
     assert machine.precisions(torch.device("cuda")) == ["fp32", "bf16"]
     case = _case([])
     plain, ours = case.sides

@@ -51,15 +51,13 @@ def test_a_tiny_pass(
     made = [Point("batch", b, Setup((3, 16, 16), batch=b, width=8), 1) for b in (8, 64)]
     monkeypatch.setattr(scaling, "points", lambda axis, threads: made)
     monkeypatch.setattr(scaling, "rounds_within", lambda *_: 5)  # however busy the machine
+    monkeypatch.setattr(machine, "emulated", lambda *_: None)  # on any CPU
     out, threads = tmp_path / "scaling.json", torch.get_num_threads()
     assert main(["--out", str(out), "--axis", "batch"]) == 0
     result = json.loads(out.read_text())
     keys = {"kind", "conditions", "datetime", "command", "left_out", "series"}
     assert set(result) == keys and result["kind"] == "scaling" and result["left_out"] == []
-    measured = machine.precisions(torch.device("cpu"))
-    assert {series["side"] for series in result["series"]} == {
-        way.name for way in scaling.WAYS if way.name in scaling.SIDES and way.precision in measured
-    }
+    assert [series["side"] for series in result["series"]] == list(scaling.SIDES)
     for series in result["series"]:
         assert [point["x"] for point in series["points"]] == [8, 64]
         assert all(p["q1"] <= p["images_per_second"] <= p["q3"] for p in series["points"])

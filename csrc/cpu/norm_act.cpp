@@ -157,8 +157,8 @@ void forward_channels_last(const NormActForward& args) {
   with_activation(s.activation, [&](auto chosen) {
     for_each_block(s, [&](int64_t row, int64_t rows, int64_t, int64_t g) {
       const ChannelMaps map_of{args.mean + g * C, maps + 2 * g * C, C, slope};
-      for_each_strip(row, rows, C, [&](auto strip, int64_t c, auto lanes) {
-        const Affine map = map_of(c, lanes);
+      for_each_strip(row, rows, C, [&](auto strip, auto lanes) {
+        const Affine map = map_of(strip.channel, lanes);
         strip.each([&](Place place) {
           lanes.write(y, place, forward_value<decltype(chosen)::value>(lanes.read(x, place), map));
         });
@@ -203,9 +203,10 @@ void backward_channels_last(const NormActBackward& args) {
     if (!dx) return;
     for_each_block(s, [&](int64_t row, int64_t rows, int64_t, int64_t g) {
       const ChannelMaps map_of{args.mean + g * C, maps + 2 * g * C, C, slope};
-      for_each_strip(row, rows, C, [&](auto strip, int64_t c, auto lanes) {
-        const Affine map = map_of(c, lanes);
-        const Vec constant = lanes.get(offset + g * C + c), linear = lanes.get(tilt + g * C + c);
+      for_each_strip(row, rows, C, [&](auto strip, auto lanes) {
+        const Affine map = map_of(strip.channel, lanes);
+        const int64_t at = g * C + strip.channel;
+        const Vec constant = lanes.get(offset + at), linear = lanes.get(tilt + at);
         strip.each([&](Place place) {
           const Vec value = lanes.read(x, place), dvalue = lanes.read(dy, place);
           lanes.write(dx, place, gradient_of_x<A>(value, dvalue, map, constant, linear));

@@ -168,14 +168,14 @@ struct Strip {
 };
 
 // All strips of rows, so that what belongs to a channel is loaded once for each:
-// body(strip, channel, lanes).
+// body(strip, lanes).
 template <int64_t Most = kStripRows, class Body>
 void for_each_strip(int64_t row, int64_t rows, int64_t channels, const Body& body) {
   const int64_t end = row + rows;
   const auto take = [&](auto together) {
     for (; row + together <= end; row += together) {
       for_each_vector(channels, [&](int64_t c, auto lanes) {
-        body(Strip<together>{row * channels + c, c, channels}, c, lanes);
+        body(Strip<together>{row * channels + c, c, channels}, lanes);
       });
     }
   };
@@ -194,12 +194,13 @@ void sum_rows(int64_t row, int64_t rows, int64_t channels, double* scratch,
   for (const int64_t end = row + rows; row < end; row += ChunkRows) {
     std::fill_n(chunk, Sums * channels, 0.0f);
     for_each_strip<std::min(kStripRows, ChunkRows)>(
-        row, std::min(ChunkRows, end - row), channels, [&](auto strip, int64_t c, auto lanes) {
-          const auto channel = of_channel(c, lanes);
+        row, std::min(ChunkRows, end - row), channels, [&](auto strip, auto lanes) {
+          const auto channel = of_channel(strip.channel, lanes);
+          float* const kept = chunk + strip.channel;
           Vec sums[Sums];
-          for (int i = 0; i < Sums; ++i) sums[i] = lanes.get(chunk + i * channels + c);
+          for (int i = 0; i < Sums; ++i) sums[i] = lanes.get(kept + i * channels);
           strip.each([&](Place place) { add(place, lanes, channel, sums); });
-          for (int i = 0; i < Sums; ++i) lanes.put(chunk + i * channels + c, sums[i]);
+          for (int i = 0; i < Sums; ++i) lanes.put(kept + i * channels, sums[i]);
         });
     for (int64_t c = 0; c < Sums * channels; ++c) scratch[c] += chunk[c];
   }

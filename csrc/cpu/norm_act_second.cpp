@@ -12,8 +12,9 @@ constexpr int kSums = kNormActSecondSums;  // of ddx, dz, ddx dz, ddx d and dz d
 constexpr int64_t kFewRows = 2;
 
 // Of every channel of a group there are rows of [channels]: scale and shift as in ChannelMaps, then
-// these: dx = ddx * of_ddx + dz * of_dz + d * of_d + constant, ddz = ddx * scale + d * of_dz +
-// level
+// these.
+//     dx = ddx * of_ddx + dz * of_dz + d * of_d + constant
+//     ddz = ddx * scale + d * of_dz + level
 struct Coefficients {
   Vec of_ddx, of_dz, of_d, constant, level;
   template <class Lanes>
@@ -92,9 +93,9 @@ void second(const NormActSecond& args) {
     finish(args, static_cast<double>(row_blocks(s).rows), rows);
     for_each_block(s, [&](int64_t row, int64_t count, int64_t, int64_t g) {
       const ChannelMaps map_of = maps(g);
-      for_each_strip(row, count, C, [&](auto strip, int64_t c, auto lanes) {
-        const Affine map = map_of(c, lanes);
-        const Coefficients of(rows + g * kNormActSecondCoefficients * C + c, C, lanes);
+      for_each_strip(row, count, C, [&](auto strip, auto lanes) {
+        const Affine map = map_of(strip.channel, lanes);
+        const Coefficients of(rows + g * kNormActSecondCoefficients * C + strip.channel, C, lanes);
         strip.each([&](Place place) {
           const Vec d = lanes.read(x, place) - map.centre;
           const Vec a = lanes.read(ddx, place);
