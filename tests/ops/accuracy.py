@@ -47,6 +47,13 @@ def assert_accurate_convolution(
     _assert_within(name, ours, plain, oracle, factor, CONVOLUTION_FLOOR[dtype])
 
 
+def assert_cancels(name: str, ours: Tensor, summed: Tensor, dtype: torch.dtype) -> None:
+    """``ours`` is zero in exact arithmetic; rounding has the scale of what was ``summed``."""
+    error = ours.double().norm().item() / summed.double().norm().item()
+    limit = CONVOLUTION_FLOOR[dtype]
+    assert error <= limit, f"{name}: {error:.2e} of what cancels, allowed {limit:.2e}"
+
+
 def _assert_within(
     name: str, ours: Tensor, plain: Tensor, oracle: Tensor, factor: float, floor: float
 ) -> None:
