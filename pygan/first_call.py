@@ -229,6 +229,7 @@ def _first_called(module: nn.Module, args: tuple[Any, ...]) -> _Network:
     if not hooked:
         _remove(module, take_in)
         _remove(module, hand_out)
+        del module.__dict__["_resting"]
     itself, *inside = exchanged
     itself.layer = None
     network.layers = [itself, *(e for e in inside if e.hooked or e.own is not e.fused)]

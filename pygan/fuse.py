@@ -20,6 +20,7 @@ from pygan import layers as _layers
 from pygan.errors import UserError
 from pygan.ops import dispatch, gpu
 from pygan.pending import TRIES, Readers
+from pygan.resting import Resting
 from pygan.sequential import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -123,6 +124,7 @@ def fuse(
     if (report.fused or leaves) and _layers.hand_out not in module._forward_hooks.values():
         module.register_forward_hook(_layers.hand_out, prepend=True)
         module.register_forward_pre_hook(_layers.take_in)
+        vars(module)["_resting"] = Resting()
     if example_inputs is not None:
         _try(module, example_inputs)
     for layer, title in leaves:
@@ -241,7 +243,8 @@ def unfuse(module: nn.Module) -> None:
     for layer in module.modules():
         if type(layer) is FusedSequential:
             layer.__class__ = nn.Sequential  # type: ignore[assignment]
-        vars(layer).pop("_readers", None)
+        for name in ("_readers", "_resting"):
+            vars(layer).pop(name, None)
         for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
             for key, hook in list(hooks.items()):
                 if _layers.is_own_hook(hook):

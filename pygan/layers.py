@@ -42,7 +42,11 @@ def enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     input = args[0]
     readers: Readers | None = vars(layer).get("_readers")
     key = (input.shape, input.dtype, input.device, input.is_contiguous())
-    if (readers is not None and key in readers.left) or not may_enter(input):
+    if readers is not None:
+        readers.passed = key in readers.left
+        if readers.passed:
+            return None
+    if not may_enter(input):
         return None
     if readers is None:
         readers = vars(layer)["_readers"] = Readers()
@@ -102,6 +106,16 @@ def show(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def take_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """A forward pre-hook of the module that was fused: operations on its maps are taken over."""
+    resting = None if torch.compiler.is_compiling() else vars(module).get("_resting")
+    if resting is not None and resting.begin(module, args):
+        return None
+    result = _taken(module, args)
+    if resting is not None:
+        resting.took = result is not None
+    return result
+
+
+def _taken(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     inside = list(module._modules.values())
     for layer in inside:
         if layer is not None:
@@ -127,6 +141,9 @@ def _keep_shown(layer: nn.Module) -> None:
 
 def hand_out(module: nn.Module, args: Any, output: Any) -> Any:
     """A forward hook of the module that was fused: others get plain tensors."""
+    resting = vars(module).get("_resting")
+    if resting is not None and resting.running is not None:
+        resting.end(module)
     return None if type(output) is Tensor else plain(output)
 
 

@@ -67,7 +67,7 @@ def is_little_norm(
     if convolved:
         return x.numel() < LEAST_NORMED
     quick = x.dtype is torch.bfloat16 or x.dim() == 2 or not x.is_contiguous()
-    return x.numel() < LEAST_NORMED << (2 * quick + alone + called)
+    return x.numel() < LEAST_NORMED << (2 * (quick or called) + (quick and called) + alone)
 
 
 class Readers:
@@ -75,7 +75,7 @@ class Readers:
 
     __slots__ = (
         *("activated", "activation", "after", "asked", "known"),
-        *("left", "looks", "others", "varies"),
+        *("left", "looks", "others", "passed", "varies"),
     )
 
     def __init__(self) -> None:
@@ -90,6 +90,7 @@ class Readers:
         self.looks = 0  # calls that were to show what reads it
         # Inputs that turned out to be left to torch, as a layer tells them apart.
         self.left: set[Any] = set()
+        self.passed = False  # whether its last call was with one of them
 
     def of(self, operation: Any) -> Readers:
         """Those of what ``operation`` makes of that output."""

@@ -356,7 +356,8 @@ class FusedSequential(nn.Sequential):
     them.
 
     Hooks are looked for at every call, so one that is added later is honoured. While something
-    traces or compiles the module it is a plain ``nn.Sequential``.
+    traces or compiles the module it is a plain ``nn.Sequential``. It may become one while it runs:
+    another thread's call of the module around it may leave it to torch (:mod:`pygan.resting`).
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -367,14 +368,15 @@ class FusedSequential(nn.Sequential):
         )
         known = type(input) is Tensor or isinstance(input, Observed)
         if traced or not known or globally_hooked():
-            return super().forward(input)
+            return nn.Sequential.forward(self, input)
         layers = list(self._modules.values())
         readers: Readers | None = vars(self).get("_readers")
         if readers is None:
             readers = self._readers = Readers()
         key = _key(input, layers)
-        if key in readers.left:
-            return super().forward(input)
+        readers.passed = key in readers.left
+        if readers.passed:
+            return nn.Sequential.forward(self, input)
         runs = list(fused_runs(layers))
         taken = False
         shown = _shown(input, layers)
@@ -384,7 +386,7 @@ class FusedSequential(nn.Sequential):
             given, told = told, None
             if kind == "module":
                 before = runs[at - 1][1:] if at else None
-                input = self._called(i, layers[i], input, shown, before == ("convolution", None))
+                input = _called(self, i, layers[i], input, shown, before == ("convolution", None))
                 if isinstance(input, Observed):
                     shown = input.format
                 elif shown is not None and type(layers[i]) not in _LAYOUT_FREE:
@@ -398,7 +400,7 @@ class FusedSequential(nn.Sequential):
                 for layer in (layers[i], activation):
                     if layer is not None:
                         own = layer is activation and kind == "convolution"
-                        input = self._called(i, layer, input, shown, own)
+                        input = _called(self, i, layer, input, shown, own)
                 told = None
                 continue
             taken = True
@@ -422,31 +424,37 @@ class FusedSequential(nn.Sequential):
                 shown = _shown_behind(shown, convolution)
         if not taken and len(readers.left) < MOST_LEFT and not any(map(why_opaque, layers)):
             readers.left.add(key)
-        return self._shown(input, shown, "output")
+        return _shown_to(self, "output", input, shown)
 
-    def _called(
-        self,
-        i: int,
-        layer: nn.Module,
-        input: Tensor,
-        shown: torch.memory_format | None,
-        own: bool,
-    ) -> Tensor:
-        """A layer that is called as a module; ``own`` tells that nobody else reads its input."""
-        if _is_tanh(layer) and own and type(input) is Tensor:
-            # What a convolution puts out is nobody else's, and no gradient needs it.
-            return torch.tanh_(input)
-        if type(layer) not in _LAYOUT_FREE or layer._forward_hooks or layer._forward_pre_hooks:
-            input = self._shown(input, shown, i)
-        return layer(input)
 
-    def _shown(self, x: Tensor, shown: torch.memory_format | None, reader: Any) -> Tensor:
-        """The map as others may see it."""
-        if shown is None or type(x) is not Tensor or x.dim() != 4:
-            return x
-        if shown is torch.contiguous_format and x.is_contiguous() and not is_last(x):
-            return x
-        return hand_on(Map(x), x.shape, shown, self._readers.of(reader))
+def _called(
+    container: nn.Module,
+    i: int,
+    layer: nn.Module,
+    input: Tensor,
+    shown: torch.memory_format | None,
+    own: bool,
+) -> Tensor:
+    """A layer that is called as a module; ``own`` tells that nobody else reads its input."""
+    if _is_tanh(layer) and own and type(input) is Tensor:
+        # What a convolution puts out is nobody else's, and no gradient needs it.
+        return torch.tanh_(input)
+    if type(layer) not in _LAYOUT_FREE or layer._forward_hooks or layer._forward_pre_hooks:
+        input = _shown_to(container, i, input, shown)
+    output: Tensor = layer(input)
+    return output
+
+
+def _shown_to(
+    container: nn.Module, reader: Any, x: Tensor, shown: torch.memory_format | None
+) -> Tensor:
+    """The map as others may see it."""
+    if shown is None or type(x) is not Tensor or x.dim() != 4:
+        return x
+    if shown is torch.contiguous_format and x.is_contiguous() and not is_last(x):
+        return x
+    readers: Readers = vars(container)["_readers"]
+    return hand_on(Map(x), x.shape, shown, readers.of(reader))
 
 
 # A network prints as it did; pickles go by the qualified name.

@@ -19,6 +19,8 @@ struct Kernels {
   void (*strided_conv_weight_grad)(const StridedConvWeightGrad&) = nullptr;
 };
 
+inline int64_t ceil_div(int64_t size, int64_t step) { return (size + step - 1) / step; }
+
 // Rows of channels_last activations are handled in blocks that depend on the shape alone, so
 // that results do not depend on the number of threads.
 struct RowBlocks {

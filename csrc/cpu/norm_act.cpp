@@ -2,7 +2,7 @@
 // writes y; backward reads x and dy twice and writes dx. The activation mask is recomputed.
 //
 // channels_last: blocks of rows, channels across the lanes.
-// contiguous: one channel of one group at a time, so the second reading comes from the cache.
+// contiguous: a few channels of one group at a time, so the second reading comes from the cache.
 
 #include "cpu/norm_act.h"
 
@@ -77,25 +77,29 @@ void finish_statistics(const NormActForward& args, double count, const Moments& 
   }
 }
 
-// Sums of every group -> offset and tilt of its dx, and the parameters' gradients.
-// sums(g, c, sum of dz, sum of dz * (x - mean)).
+// The sums of a channel -> offset and tilt of its dx.
+void set_terms(const NormActBackward& args, double count, int64_t g, int64_t c, double sum_dz,
+               double sum_dzx, float* offset, float* tilt) {
+  const int64_t at = g * args.shape.channels + c;
+  const double invstd = args.invstd[at];
+  const double scale = invstd * (args.weight ? args.weight[c] : 1.0f);
+  const double share = args.training ? scale / count : 0.0;
+  offset[at] = static_cast<float>(share * sum_dz);
+  tilt[at] = static_cast<float>(share * sum_dzx * invstd * invstd);
+}
+
+// The parameters' gradients from the sums of every group: of dz at sums(g, c), of dz * (x - mean)
+// `apart` behind.
 template <class Sums>
-void finish_gradients(const NormActBackward& args, double count, float* offset, float* tilt,
-                      const Sums& sums) {
+void finish_parameters(const NormActBackward& args, int64_t apart, const Sums& sums) {
   const NormActShape& s = args.shape;
+  if (!args.dweight && !args.dbias) return;
   for (int64_t c = 0; c < s.channels; ++c) {
     double total_dz = 0.0, total_dzxhat = 0.0;
     for (int64_t g = 0; g < s.groups; ++g) {
-      double sum_dz, sum_dzx;
-      sums(g, c, sum_dz, sum_dzx);
-      const int64_t at = g * s.channels + c;
-      const double invstd = args.invstd[at];
-      const double scale = invstd * (args.weight ? args.weight[c] : 1.0f);
-      const double share = args.training ? scale / count : 0.0;
-      offset[at] = static_cast<float>(share * sum_dz);
-      tilt[at] = static_cast<float>(share * sum_dzx * invstd * invstd);
-      total_dz += sum_dz;
-      total_dzxhat += sum_dzx * invstd;
+      const double* of_channel = sums(g, c);
+      total_dz += of_channel[0];
+      total_dzxhat += of_channel[apart] * args.invstd[g * s.channels + c];
     }
     if (args.dbias) args.dbias[c] = static_cast<float>(total_dz);
     if (args.dweight) args.dweight[c] = static_cast<float>(total_dzxhat);
@@ -193,14 +197,18 @@ void backward_channels_last(const NormActBackward& args) {
                   });
     });
     add_blocks<2>(s, args.scratch);
-    finish_gradients(args, static_cast<double>(blocks.rows), offset, tilt,
-                     [&](int64_t g, int64_t c, double& sum_dz, double& sum_dzx) {
-                       const double* sums =
-                           args.scratch + g * blocks.count * block_scratch(s, 2) + c;
-                       sum_dz = sums[0];
-                       sum_dzx = sums[C];
-                     });
+    const auto sums = [&](int64_t g, int64_t c) {
+      return args.scratch + g * blocks.count * block_scratch(s, 2) + c;
+    };
+    finish_parameters(args, C, sums);
     if (!dx) return;
+    for (int64_t g = 0; g < s.groups; ++g) {
+      for (int64_t c = 0; c < C; ++c) {
+        const double* of_channel = sums(g, c);
+        set_terms(args, static_cast<double>(blocks.rows), g, c, of_channel[0], of_channel[C],
+                  offset, tilt);
+      }
+    }
     for_each_block(s, [&](int64_t row, int64_t rows, int64_t, int64_t g) {
       const ChannelMaps map_of{args.mean + g * C, maps + 2 * g * C, C, slope};
       for_each_strip(row, rows, C, [&](auto strip, auto lanes) {
@@ -218,81 +226,106 @@ void backward_channels_last(const NormActBackward& args) {
 
 // contiguous
 
-// The chunks of one channel: runs of whole planes, or pieces of one plane.
+// Channels `first` to before `last` of a group, which a thread goes through together: one short
+// plane alone is too little to read at a place.
+struct Tile {
+  int64_t group, first, last;
+};
+
 template <class Body>
-void for_each_chunk(int64_t planes, int64_t spatial, const Body& body) {
-  if (spatial <= kChunkValues) {
-    const int64_t step = kChunkValues / std::max<int64_t>(spatial, 1);
-    for (int64_t n = 0; n < planes; n += step) body(n, std::min(step, planes - n), 0, spatial);
-  } else {
-    for (int64_t n = 0; n < planes; ++n) {
-      for (int64_t s = 0; s < spatial; s += kChunkValues) {
-        body(n, 1, s, std::min(kChunkValues, spatial - s));
+void for_each_tile(const NormActShape& s, const Body& body) {
+  const int64_t fair = ceil_div(s.channels, team(s)), most = kTileValues / s.spatial;
+  const int64_t size = std::max<int64_t>(1, std::min(fair, most));
+  const int64_t count = ceil_div(s.channels, size);
+  parallel_for(team(s), s.groups * count, [&](int64_t item) {
+    const int64_t first = item % count * size;
+    body(Tile{item / count, first, std::min(first + size, s.channels)});
+  });
+}
+
+// Whole planes of one channel, or a piece of one plane.
+struct Chunk {
+  int64_t channel, first, planes, stride, length;
+  int64_t ahead;  // from a value to one that is read soon
+  template <class T, class Body>
+  void each(const T*, const Body& body) const {
+    const int64_t asked = ahead - kAhead / static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < planes; ++i) {
+      for_each_vector(length, [&](int64_t j, auto lanes) {
+        const int64_t at = first + i * stride + j;
+        body(Place{at, at + asked}, lanes);
+      });
+    }
+  }
+};
+
+// The chunk of a group's channel that starts with plane n at value j.
+Chunk chunk_at(const NormActShape& s, int64_t group, int64_t channel, int64_t n, int64_t j) {
+  const int64_t planes = s.batch / s.groups, stride = s.channels * s.spatial;
+  const int64_t most = std::max<int64_t>(1, kChunkValues / s.spatial);
+  const int64_t first = (group * planes + n) * stride + channel * s.spatial + j;
+  return {channel,
+          first,
+          std::min(most, planes - n),
+          stride,
+          std::min(kChunkValues, s.spatial - j),
+          s.spatial < kChunkValues ? most * stride : 2 * kChunkValues};
+}
+
+template <class Body>
+void for_each_chunk(const NormActShape& s, const Tile& tile, const Body& body) {
+  int64_t taken = 0;
+  for (int64_t n = 0; n < s.batch / s.groups; n += taken) {
+    for (int64_t c = tile.first; c < tile.last; ++c) {
+      for (int64_t j = 0; j < s.spatial; j += kChunkValues) {
+        const Chunk chunk = chunk_at(s, tile.group, c, n, j);
+        body(chunk);
+        taken = chunk.planes;
       }
     }
   }
 }
 
+// Adds two sums over each channel of a tile up, in float64, which chunks in float32 join:
+// sums[channel of the group][2]. of_channel(channel) is what a chunk needs, and
+// add(place, lanes, that, both) adds to its two sums.
+template <class T, class OfChannel, class Add>
+void sum_tile(const NormActShape& s, const Tile& tile, const T* x, double* sums,
+              const OfChannel& of_channel, const Add& add) {
+  std::fill(sums + 2 * tile.first, sums + 2 * tile.last, 0.0);
+  for_each_chunk(s, tile, [&](const Chunk& chunk) {
+    const auto channel = of_channel(chunk.channel);
+    Vec both[2] = {Vec(0.0f), Vec(0.0f)};
+    chunk.each(x, [&](Place place, auto lanes) { add(place, lanes, channel, both); });
+    for (int i = 0; i < 2; ++i) sums[2 * chunk.channel + i] += sum(both[i]);
+  });
+}
+
 template <class T>
-void channel_moments(const T* x, int64_t planes, int64_t spatial, int64_t stride, double& mean,
-                     double& square) {
-  mean = square = 0.0;
-  float shift = 0.0f;
-  bool started = false;
-  for_each_chunk(planes, spatial, [&](int64_t n, int64_t n_planes, int64_t s, int64_t length) {
-    const auto each = [&](auto&& use) {
-      for (int64_t i = n; i < n + n_planes; ++i) {
-        for_each_vector(length, [&](int64_t j, auto lanes) {
-          use(lanes.get(x + i * stride + s + j), lanes.count());
-        });
-      }
-    };
-    if (!started) {
-      Vec total(0.0f);
-      each([&](Vec value, int) { total = total + value; });
-      shift = sum(total) / static_cast<float>(n_planes * length);
-      started = true;
-    }
-    Vec first(0.0f), second(0.0f);
-    each([&](Vec value, int count) {
-      const Vec d = keep(value - Vec(shift), count);
-      first = first + d;
-      second = fma(d, d, second);
-    });
-    mean += sum(first);
-    square += sum(second);
-  });
-  from_shifted(static_cast<double>(planes * spatial), shift, mean, square);
-}
-
-template <Activation A, class T>
-void channel_sums(const T* x, const T* dy, int64_t planes, int64_t spatial, int64_t stride,
-                  const Affine& map, double& sum_dz, double& sum_dzx) {
-  sum_dz = sum_dzx = 0.0;
-  for_each_chunk(planes, spatial, [&](int64_t n, int64_t n_planes, int64_t s, int64_t length) {
-    Vec a(0.0f), b(0.0f);
-    for (int64_t i = n; i < n + n_planes; ++i) {
-      for_each_vector(length, [&](int64_t j, auto lanes) {
-        const int64_t at = i * stride + s + j;
-        const Vec d = lanes.read(x, {at, at}) - map.centre;
-        const Vec dz = gradient_of_z<A>(d, lanes.read(dy, {at, at}), map);
-        a = a + dz;
-        b = fma(dz, d, b);
+void tile_statistics(const NormActForward& args, const Tile& tile, double count, double* sums) {
+  const NormActShape& s = args.shape;
+  const T* x = static_cast<const T*>(args.x);
+  float* shifts = args.mean + tile.group * s.channels;
+  float* invstd = args.invstd + tile.group * s.channels;
+  for (int64_t c = tile.first; c < tile.last; ++c) {
+    const Chunk chunk = chunk_at(s, tile.group, c, 0, 0);
+    Vec total(0.0f);
+    chunk.each(x, [&](Place place, auto lanes) { total = total + lanes.get(x + place.at); });
+    shifts[c] = sum(total) / static_cast<float>(chunk.planes * chunk.length);
+  }
+  sum_tile(
+      s, tile, x, sums, [&](int64_t c) { return Vec(shifts[c]); },
+      [&](Place place, auto lanes, Vec shift, Vec* both) {
+        const Vec d = keep(lanes.read(x, place) - shift, lanes.count());
+        both[0] = both[0] + d;
+        both[1] = fma(d, d, both[1]);
       });
-    }
-    sum_dz += sum(a);
-    sum_dzx += sum(b);
-  });
-}
-
-// One channel of one group at a time: body(first value, planes, group, channel).
-template <class Body>
-void for_each_channel(const NormActShape& s, const Body& body) {
-  const int64_t planes = s.batch / s.groups;
-  parallel_for(team(s), s.groups * s.channels, [&](int64_t item) {
-    const int64_t g = item / s.channels, c = item % s.channels;
-    body((g * planes * s.channels + c) * s.spatial, planes, g, c);
-  });
+  for (int64_t c = tile.first; c < tile.last; ++c) {
+    double &mean = sums[2 * c], &square = sums[2 * c + 1];
+    from_shifted(count, shifts[c], mean, square);
+    shifts[c] = static_cast<float>(mean);
+    invstd[c] = static_cast<float>(1.0 / std::sqrt(square / count + args.eps));
+  }
 }
 
 template <class T>
@@ -300,24 +333,20 @@ void forward_contiguous(const NormActForward& args) {
   const NormActShape& s = args.shape;
   const T* x = static_cast<const T*>(args.x);
   T* y = static_cast<T*>(args.y);
-  const int64_t stride = s.channels * s.spatial;
   const double count = static_cast<double>(s.batch / s.groups * s.spatial);
   with_activation(s.activation, [&](auto chosen) {
-    for_each_channel(s, [&](int64_t at, int64_t planes, int64_t g, int64_t c) {
+    for_each_tile(s, [&](const Tile& tile) {
       if (args.training) {
-        double* moments = args.scratch + (g * s.channels + c) * 2;
-        channel_moments(x + at, planes, s.spatial, stride, moments[0], moments[1]);
-        args.mean[g * s.channels + c] = static_cast<float>(moments[0]);
-        args.invstd[g * s.channels + c] =
-            static_cast<float>(1.0 / std::sqrt(moments[1] / count + args.eps));
+        tile_statistics<T>(args, tile, count, args.scratch + tile.group * s.channels * 2);
       }
-      const Affine map = affine_of_channel(args, g, c);
-      for (int64_t n = 0; y && n < planes; ++n) {
-        for_each_vector(s.spatial, [&](int64_t j, auto lanes) {
-          const int64_t here = at + n * stride + j;
-          lanes.put(y + here, forward_value<decltype(chosen)::value>(lanes.get(x + here), map));
+      if (!y) return;
+      for_each_chunk(s, tile, [&](const Chunk& chunk) {
+        const Affine map = affine_of_channel(args, tile.group, chunk.channel);
+        chunk.each(x, [&](Place place, auto lanes) {
+          const Vec value = lanes.get(x + place.at);
+          lanes.put(y + place.at, forward_value<decltype(chosen)::value>(value, map));
         });
-      }
+      });
     });
   });
   if (args.training) {
@@ -335,37 +364,38 @@ void backward_contiguous(const NormActBackward& args) {
   const T* x = static_cast<const T*>(args.x);
   const T* dy = static_cast<const T*>(args.dy);
   T* dx = static_cast<T*>(args.dx);
-  const int64_t stride = s.channels * s.spatial;
   const double count = static_cast<double>(s.batch / s.groups * s.spatial);
   float* offset = reinterpret_cast<float*>(args.scratch + s.groups * s.channels * 2);
   float* tilt = offset + s.groups * s.channels;
   with_activation(s.activation, [&](auto chosen) {
     constexpr Activation A = decltype(chosen)::value;
-    for_each_channel(s, [&](int64_t at, int64_t planes, int64_t g, int64_t c) {
-      const Affine map = affine_of_channel(args, g, c);
-      const int64_t gc = g * s.channels + c;
-      double* sums = args.scratch + gc * 2;
-      channel_sums<A>(x + at, dy + at, planes, s.spatial, stride, map, sums[0], sums[1]);
+    for_each_tile(s, [&](const Tile& tile) {
+      const int64_t group = tile.group * s.channels;
+      double* sums = args.scratch + 2 * group;
+      const auto map_of = [&](int64_t c) { return affine_of_channel(args, tile.group, c); };
+      sum_tile(s, tile, x, sums, map_of,
+               [&](Place place, auto lanes, const Affine& map, Vec* both) {
+                 const Vec d = lanes.read(x, place) - map.centre;
+                 const Vec dz = gradient_of_z<A>(d, lanes.read(dy, place), map);
+                 both[0] = both[0] + dz;
+                 both[1] = fma(dz, d, both[1]);
+               });
       if (!dx) return;
-      const double invstd = args.invstd[gc];
-      const double share =
-          args.training ? invstd * (args.weight ? args.weight[c] : 1.0f) / count : 0.0;
-      const Vec constant(static_cast<float>(share * sums[0]));
-      const Vec linear(static_cast<float>(share * sums[1] * invstd * invstd));
-      for (int64_t n = 0; n < planes; ++n) {
-        for_each_vector(s.spatial, [&](int64_t j, auto lanes) {
-          const int64_t here = at + n * stride + j;
-          lanes.put(dx + here, gradient_of_x<A>(lanes.get(x + here), lanes.get(dy + here), map,
-                                                constant, linear));
-        });
+      for (int64_t c = tile.first; c < tile.last; ++c) {
+        set_terms(args, count, tile.group, c, sums[2 * c], sums[2 * c + 1], offset, tilt);
       }
+      for_each_chunk(s, tile, [&](const Chunk& chunk) {
+        const Affine map = map_of(chunk.channel);
+        const Vec constant(offset[group + chunk.channel]), linear(tilt[group + chunk.channel]);
+        chunk.each(x, [&](Place place, auto lanes) {
+          const Vec value = lanes.get(x + place.at), dvalue = lanes.get(dy + place.at);
+          lanes.put(dx + place.at, gradient_of_x<A>(value, dvalue, map, constant, linear));
+        });
+      });
     });
   });
-  finish_gradients(args, count, offset, tilt,
-                   [&](int64_t g, int64_t c, double& sum_dz, double& sum_dzx) {
-                     sum_dz = args.scratch[(g * s.channels + c) * 2];
-                     sum_dzx = args.scratch[(g * s.channels + c) * 2 + 1];
-                   });
+  finish_parameters(args, 1,
+                    [&](int64_t g, int64_t c) { return args.scratch + (g * s.channels + c) * 2; });
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ inline constexpr int64_t kChunkRows =
     16;  // a float32 sum takes so many values, then joins a float64 one
 inline constexpr int64_t kStripRows = 4;  // in which what belongs to a channel is loaded once
 inline constexpr int64_t kChunkValues = kChunkRows * Vec::width;
+inline constexpr int64_t kTileValues = 1024;  // of an image, which are read from one place
 inline constexpr int64_t kAhead = 4096;  // bytes; less is late, more is evicted before it is used
 inline constexpr int64_t kSerialValues =
     1 << 14;  // below this a second thread costs more than it gives

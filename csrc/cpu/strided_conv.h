@@ -6,7 +6,6 @@
 
 namespace pygan::PYGAN_ISA_NS {
 
-inline int64_t ceil_div(int64_t size, int64_t step) { return (size + step - 1) / step; }
 inline int64_t round_up(int64_t size, int64_t step) { return ceil_div(size, step) * step; }
 
 // The normalization of some channels of a map: max(z, slope * z), z = (x - mean) * scale + shift.
