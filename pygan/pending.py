@@ -32,8 +32,10 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # of a convolution.
 LEAST_ELEMENTS = 1 << 16
 LEAST_MACS = 1 << 23
-# The same of a norm, with the activation behind it, of a contiguous float32 map.
-LEAST_NORMED = 1 << 17
+# The same of a norm, with a convolution behind it, and with an activation alone, of a contiguous
+# float32 map.
+LEAST_CONVOLVED = 1 << 17
+LEAST_NORMED = 3 << 17
 TRIES = 4  # calls, each of which may show one reader more
 MOST_LEFT = 64  # inputs of which a layer remembers that they are left to torch
 
@@ -65,9 +67,9 @@ def is_little_norm(
     if gpu.holds(x):
         return False
     if convolved:
-        return x.numel() < LEAST_NORMED
+        return x.numel() < LEAST_CONVOLVED
     quick = x.dtype is torch.bfloat16 or x.dim() == 2 or not x.is_contiguous()
-    return x.numel() < LEAST_NORMED << (2 * (quick or called) + (quick and called) + alone)
+    return x.numel() < LEAST_NORMED << (2 * quick + alone + called)
 
 
 class Readers:

@@ -58,6 +58,7 @@ def nothing_is_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pending, "LEAST_ELEMENTS", 0)
     monkeypatch.setattr(pending, "LEAST_MACS", 0)
     monkeypatch.setattr(pending, "LEAST_NORMED", 0)
+    monkeypatch.setattr(pending, "LEAST_CONVOLVED", 0)
 
 
 @pytest.fixture(autouse=True)

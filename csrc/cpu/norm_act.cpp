@@ -259,34 +259,32 @@ struct Chunk {
   }
 };
 
+int64_t planes_together(const NormActShape& s) {
+  return std::max<int64_t>(1, kChunkValues / s.spatial);
+}
+
 // The chunk of a group's channel that starts with plane n at value j.
 Chunk chunk_at(const NormActShape& s, int64_t group, int64_t channel, int64_t n, int64_t j) {
   const int64_t planes = s.batch / s.groups, stride = s.channels * s.spatial;
-  const int64_t most = std::max<int64_t>(1, kChunkValues / s.spatial);
   const int64_t first = (group * planes + n) * stride + channel * s.spatial + j;
-  return {channel,
-          first,
-          std::min(most, planes - n),
-          stride,
-          std::min(kChunkValues, s.spatial - j),
-          s.spatial < kChunkValues ? most * stride : 2 * kChunkValues};
+  const int64_t most = planes_together(s), length = std::min(kChunkValues, s.spatial - j);
+  const int64_t ahead = s.spatial < kChunkValues ? most * stride : 2 * kChunkValues;
+  return {channel, first, std::min(most, planes - n), stride, length, ahead};
 }
 
+// Chunks of the same planes follow each other through the tile's channels, as in memory.
 template <class Body>
 void for_each_chunk(const NormActShape& s, const Tile& tile, const Body& body) {
-  int64_t taken = 0;
-  for (int64_t n = 0; n < s.batch / s.groups; n += taken) {
+  for (int64_t n = 0; n < s.batch / s.groups; n += planes_together(s)) {
     for (int64_t c = tile.first; c < tile.last; ++c) {
       for (int64_t j = 0; j < s.spatial; j += kChunkValues) {
-        const Chunk chunk = chunk_at(s, tile.group, c, n, j);
-        body(chunk);
-        taken = chunk.planes;
+        body(chunk_at(s, tile.group, c, n, j));
       }
     }
   }
 }
 
-// Adds two sums over each channel of a tile up, in float64, which chunks in float32 join:
+// Two sums over each channel of a tile, in float64, which those of chunks in float32 join:
 // sums[channel of the group][2]. of_channel(channel) is what a chunk needs, and
 // add(place, lanes, that, both) adds to its two sums.
 template <class T, class OfChannel, class Add>
