@@ -124,6 +124,7 @@ def fuse(
     if (report.fused or leaves) and _layers.hand_out not in module._forward_hooks.values():
         module.register_forward_hook(_layers.hand_out, prepend=True)
         module.register_forward_pre_hook(_layers.take_in)
+    if _layers.hand_out in module._forward_hooks.values():
         vars(module)["_resting"] = Resting()
     if example_inputs is not None:
         _try(module, example_inputs)

@@ -1,10 +1,10 @@
 """Layers of a fused module that are torch's alone while it is called.
 
-A layer with a hook is called in a slower way, and the hook looks at what comes; a Sequential looks
-as well. Behind a large convolution, which leaves nothing of the interpreter in the caches, that
-takes some 10 to 100 microseconds: more than is lost where nothing is gained. So once a few calls
-have shown which layers are left to torch, those are as torch made them while calls with such
-arguments run. Before and after, and to whoever calls a layer without the module, they are fused.
+A layer with a hook is called in a slower way, and the hook looks at what comes; a fused Sequential
+looks as well. Where nothing is gained even that is too much: behind a convolution, which leaves
+little of the interpreter in the caches, some ten microseconds each. So once a few calls have shown
+which layers are left to torch, those are as torch made them while calls with such arguments run.
+Before and after, and to whoever calls a layer without the module, they are fused.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Resting:
 def _key_of(args: tuple[Any, ...]) -> Any:
     """What the layers' inputs follow from, as far as a call tells; None where it tells nothing."""
     given = [x for x in args if isinstance(x, Tensor)]
-    if not given:
+    if not given or any(type(x) is not Tensor or x.layout is not torch.strided for x in given):
         return None
     kinds = [(x.shape, x.dtype, x.is_contiguous()) for x in given]
     device = given[0].device

@@ -178,6 +178,35 @@ def test_a_hook_of_the_users_keeps_its_place(network: Network) -> None:
     assert list(network.norm._forward_pre_hooks) == before
 
 
+def test_fused_again(network: Network) -> None:
+    """What was settled is asked once more: there may be other layers now."""
+    settle(network, SMALL)
+    pygan.fuse(network)
+    network(images(SMALL))
+    assert network.seen == [(True, True)]
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.eye(SMALL).to_sparse(), nn.Parameter(torch.eye(SMALL))], ids=["sparse", "leaf"]
+)
+def test_other_arguments_are_let_through(labels: Tensor) -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            result: Tensor = self.norm(x) + torch.mm(labels, torch.ones(SMALL, 1)).view(-1, 1, 1, 1)
+            return result
+
+    plain = Conditional()
+    fused = copy.deepcopy(plain)
+    pygan.fuse(fused)
+    x = images(SMALL)
+    for _ in range(2 * CALLS):
+        torch.testing.assert_close(fused(x, labels), plain(x, labels))
+
+
 def test_threads(network: Network) -> None:
     """Calls of both kinds at once give what one after the other gives."""
     settle(network, SMALL)
