@@ -212,7 +212,8 @@ def open_zip(path: Path) -> ImageList:
         (
             info
             for info in archive.infolist()
-            if not info.is_dir() and not _is_hidden(info.filename)
+            # is_dir() would look at the last letter, which a damaged name may lack.
+            if not info.filename.endswith("/") and not _is_hidden(info.filename)
         ),
         key=lambda info: info.filename,
     )

@@ -245,6 +245,16 @@ def test_broken_members_of_a_zip_are_skipped(
     assert "Bad CRC-32" in reasons["flipped.png"] and "declares" in reasons["large.png"]
 
 
+def test_a_member_that_lost_its_name_is_one_among_others(tmp_path: Path) -> None:
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("0.png", packed(0))
+        archive.writestr("1.png", packed(1))
+    path.write_bytes(path.read_bytes().replace(b"1.png", b"\0.png"))
+    images = data.load(path, cache_dir=tmp_path / "c", image_size=16)
+    assert len(images) == 2
+
+
 @pytest.mark.parametrize("packed_in_zip", [False, True])
 def test_of_large_images_one_is_decoded_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed_in_zip: bool
