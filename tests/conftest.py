@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Decoded data goes to a folder of this session, for child processes too."""
+    """Decoded data goes to a folder of these tests, for child processes too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYGAN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_fuse import counted
 from torch import Tensor, nn
 
 import pygan
@@ -82,15 +83,7 @@ def test_other_sizes_are_seen_for_themselves(
     settle(network, LARGE)
     for batch, as_fused in ((SMALL, False), (LARGE, True), (SMALL, False)):
         with monkeypatch.context() as patch:
-            calls: list[None] = []
-            run = norm_act._run_forward
-
-            def counted(*args: Any, run: Any = run, calls: Any = calls, **kwargs: Any) -> Tensor:
-                calls.append(None)
-                result: Tensor = run(*args, **kwargs)
-                return result
-
-            patch.setattr(norm_act, "_run_forward", counted)
+            calls = counted(patch, norm_act, "_run_forward")
             network(images(batch))
         assert bool(calls) == as_fused
         assert network.seen.pop() == (as_fused, as_fused)
@@ -122,11 +115,7 @@ def test_a_layer_called_from_elsewhere_is_fused(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settle(network, SMALL)
-    calls: list[None] = []
-    run = norm_act._run_forward
-    monkeypatch.setattr(
-        norm_act, "_run_forward", lambda *a, **k: (calls.append(None), run(*a, **k))[1]
-    )
+    calls = counted(monkeypatch, norm_act, "_run_forward")
     network.rest(images(LARGE))
     assert calls
 
