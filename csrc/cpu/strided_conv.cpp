@@ -17,11 +17,13 @@
 namespace pygan::PYGAN_ISA_NS {
 namespace {
 
-constexpr int64_t kLine = 16;                 // floats of a cache line
-constexpr int64_t kWeightBytes = 64 << 20;    // of transformed weights at a time
-constexpr int64_t kCachedBytes = 4 << 20;     // of transformed weights for several passes
-constexpr int64_t kSharedBytes = 8 << 20;     // of transformed input that all threads read
-constexpr int64_t kInputBytes = 3 << 19;      // of transformed input of one thread
+constexpr int64_t kLine = 16;               // floats of a cache line
+constexpr int64_t kWeightBytes = 64 << 20;  // of transformed weights at a time
+constexpr int64_t kCachedBytes = 4 << 20;   // of transformed weights for several passes
+constexpr int64_t kSharedBytes = 8 << 20;   // of transformed input that all threads read
+constexpr int64_t kOwnBytes = 1 << 19;      // of transformed weights that one thread reads
+// Of transformed input of one thread.
+constexpr int64_t kInputBytes = Vec::width == 16 ? 1 << 19 : 3 << 19;
 constexpr int64_t kGradientBytes = 10 << 20;  // of transformed maps in weight_grad
 constexpr int64_t kGradientRows = 8 * kBlockRows;
 
@@ -30,8 +32,11 @@ constexpr int64_t kGradientRows = 8 * kBlockRows;
 int64_t row_stride(int64_t words) { return round_up(words, kLine) + kLine; }
 
 template <class T>
+constexpr int channels_of_word = kPairs<T> ? 2 : 1;
+
+template <class T>
 int64_t words_of(int64_t channels) {
-  return kPairs<T> ? ceil_div(channels, 2) : channels;
+  return ceil_div(channels, channels_of_word<T>);
 }
 
 // Hands out pieces of the caller's scratch, or only counts them.
@@ -217,7 +222,8 @@ struct Product {
   Map from, to;
   Tiles tiles;
   int64_t words, input_stride, columns, columns_at_once, block_rows, threads, column_shares;
-  int together;  // passes that a block of rows goes through while its input is in the caches
+  int64_t panel_words;  // of a segment of a column that are held at a time
+  int together;         // passes that a block of rows goes through while its input is in the caches
   bool by_columns;
 
   explicit Product(const StridedConvShape& s)
@@ -226,19 +232,21 @@ struct Product {
         to(Up ? big_map(s) : small_map(s)),
         tiles(s.batch, Up ? ceil_div(s.big_height, 2) : s.height,
               Up ? ceil_div(s.big_width, 2) : s.width, M) {
-    words = words_of<T>(from.channels);
+    words = panel_words = words_of<T>(from.channels);
     input_stride = row_stride(words);
     columns = ceil_div(to.channels, kBlockColumns);
-    // Where the weight is the larger side, threads share its columns: each transforms its own,
-    // one column and segment at a time, which stays in its second cache, and all read one
-    // transformed input. Elsewhere they share the rows.
+    // Where the weight is the larger side, threads share its columns: each transforms its own, as
+    // much of a column at a time as its second cache keeps until it is multiplied, and all read
+    // one transformed input. Elsewhere they share the rows.
     const int64_t weight_bytes = columns * products * segments * panel_stride() * 4;
     const int64_t input_bytes = planes * tiles.count * input_stride * 4;
     by_columns =
         M == 4 && input_bytes <= std::min(weight_bytes, kSharedBytes) && columns >= s.threads;
     if (by_columns) {
-      const int64_t most = Up ? 8 * kBlockRows : tiles.count;
-      block_rows = round_up(std::min(tiles.count, most), 4);
+      const int64_t fit = kOwnBytes / (products * kBlockColumns * 4);
+      const int64_t parts = ceil_div(words, std::max<int64_t>(fit, Vec::width));
+      panel_words = round_up(ceil_div(words, parts), Vec::width);
+      block_rows = round_up(tiles.count, 4);
       columns_at_once = column_shares = together = 1;
       threads = s.threads;
       return;
@@ -258,7 +266,7 @@ struct Product {
   }
 
   // One line more than the array needs, else the planes of one place fall on the same lines.
-  int64_t panel_stride() const { return words * kBlockColumns + kLine; }
+  int64_t panel_stride() const { return panel_words * kBlockColumns + kLine; }
   // Segments of a column whose transformed weight is held at a time.
   int held() const { return by_columns ? 1 : segments; }
   int64_t column_floats() const { return products * held() * panel_stride(); }
@@ -326,15 +334,26 @@ struct Product {
     }
   }
 
-  static void transform_weight(const Vec* taps, int set, Vec (&u)[squares]) {
+  // store(product, value)
+  template <class Store>
+  static inline __attribute__((always_inline)) void transform_weight(const Vec* taps, int set,
+                                                                     const Store& store) {
     along_both<typename Winograd<M>::Weight>(
         [&](int i, int j) { return taps[4 * tap(set / 2, i) + tap(set % 2, j)]; },
-        [&](int i, int j, Vec value) { u[i * points + j] = value; });
+        [&](int i, int j, Vec value) { store(i * points + j, value); });
   }
 
+  // What is held of a column: held() segments, and of each the words from `word` on.
+  struct Part {
+    int segment = 0;
+    int64_t word = 0;
+
+    bool first() const { return segment == 0 && word == 0; }
+  };
+
   // Transforms the weight of Vec::width channels in, from `k` on, for one block of columns: of
-  // `up` all products, of `down` the segments from `segment` on that are held.
-  void pack(const float* weight, int pass, int segment, int64_t k, int64_t column,
+  // `up` all products, of `down` the segments that are held.
+  void pack(const float* weight, int pass, Part part, int64_t k, int64_t column,
             float* panels) const {
     constexpr int W = Vec::width;
     const int64_t step = held() * panel_stride();
@@ -343,20 +362,21 @@ struct Product {
     for (int v = 0; v < kBlockVectors; ++v) {
       const int64_t n = column * kBlockColumns + v * W;
       if (n >= to.channels) return;
-      read_taps(weight, Up ? pass : segment, k, n, taps);
+      read_taps(weight, Up ? pass : part.segment, k, n, taps);
       for (int i = 0; i < (Up ? sets : held()); ++i) {
-        const int set = Up ? (sets == 1 ? pass : i) : segment + i;
+        const int set = Up ? (sets == 1 ? pass : i) : part.segment + i;
         float* to_panel = panels + i * (Up ? squares : 1) * panel_stride() + v * W;
-        for (int64_t r = 0; r < rows; r += kPairs<T> ? 2 : 1) {
-          Vec u[squares];
-          transform_weight(taps[r], set, u);
+        for (int64_t r = 0; r < rows; r += channels_of_word<T>) {
+          float* row = to_panel + ((k + r) / channels_of_word<T> - part.word) * kBlockColumns;
           if constexpr (kPairs<T>) {
-            Vec odd[squares];
-            transform_weight(taps[r + 1], set, odd);
-            for (int p = 0; p < squares; ++p) u[p] = pair_up(u[p], odd[p]);
+            Vec even[squares];
+            transform_weight(taps[r], set, [&](int p, Vec value) { even[p] = value; });
+            transform_weight(taps[r + 1], set, [&](int p, Vec value) {
+              store(row + p * step, pair_up(even[p], value));
+            });
+          } else {
+            transform_weight(taps[r], set, [&](int p, Vec value) { store(row + p * step, value); });
           }
-          float* row = to_panel + (k + r) / (kPairs<T> ? 2 : 1) * kBlockColumns;
-          for (int p = 0; p < squares; ++p) store(row + p * step, u[p]);
         }
       }
     }
@@ -385,35 +405,36 @@ struct Product {
     }
   }
 
-  // Products of the segments that are held, added to those before from the second on.
+  // Products of the part that is held, added to those before it.
   template <int Rows, int Vectors>
-  void multiply_rows(const float* input, const float* panel, int product, int segment,
+  void multiply_rows(const float* input, const float* panel, int product, Part part,
                      float* made) const {
     Vec acc[Rows][Vectors];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < Vectors; ++j) {
-        acc[i][j] = segment ? load(made + i * kBlockColumns + j * Vec::width) : Vec(0.0f);
+        acc[i][j] = part.first() ? Vec(0.0f) : load(made + i * kBlockColumns + j * Vec::width);
       }
     }
+    const int64_t depth = std::min(panel_words, words - part.word);
     for (int s = 0; s < held(); ++s) {
       accumulate<kPairs<T>, Rows, Vectors>(
-          acc, input + plane(product, segment + s) * plane_stride(), input_stride,
-          panel + s * panel_stride(), kBlockColumns, words);
+          acc, input + plane(product, part.segment + s) * plane_stride() + part.word, input_stride,
+          panel + s * panel_stride(), kBlockColumns, depth);
     }
     store_block(made, kBlockColumns, acc);
   }
 
   template <int Vectors>
-  void multiply(const float* input, const float* panels, int64_t rows, int segment,
+  void multiply(const float* input, const float* panels, int64_t rows, Part part,
                 float* made) const {
     for (int product = 0; product < products; ++product) {
       const float* panel = panels + product * held() * panel_stride();
       float* out = made + product * product_stride();
       for_row_blocks(rows, [&](auto count, int64_t r) {
         multiply_rows<decltype(count)::value, Vectors>(input + r * input_stride, panel, product,
-                                                       segment, out + r * kBlockColumns);
+                                                       part, out + r * kBlockColumns);
       });
     }
   }
@@ -460,13 +481,13 @@ struct Product {
     }
   }
 
-  // One block of columns for one block of rows, as far as the held segments go.
+  // One block of columns for one block of rows, as far as the part that is held goes.
   void multiply_column(const float* planes_in, const float* panels, int64_t rows, int64_t column,
-                       int segment, float* made) const {
+                       Part part, float* made) const {
     if (to.channels - column * kBlockColumns > Vec::width) {
-      multiply<2>(planes_in, panels, rows, segment, made);
+      multiply<2>(planes_in, panels, rows, part, made);
     } else {
-      multiply<1>(planes_in, panels, rows, segment, made);
+      multiply<1>(planes_in, panels, rows, part, made);
     }
   }
 
@@ -499,18 +520,16 @@ struct Product {
       float* made = buffers.made + thread * made_floats();
       for (int64_t c = columns * thread / threads; c < columns * (thread + 1) / threads; ++c) {
         for (int segment = 0; segment < segments; ++segment) {
-          for (int64_t k = 0; k < from.channels; k += Vec::width) {
-            pack(weight, pass, segment, k, c, panels);
-          }
-          // Several blocks of rows only where there is one segment.
-          for (int64_t row = 0; row < tiles.count; row += block_rows) {
-            const int64_t rows = std::min(block_rows, tiles.count - row);
-            multiply_column(buffers.planes + row * input_stride, panels, rows, c, segment, made);
-            if (segment + 1 == segments) {
-              transform_output(made, bias, pass, row, rows, c, output);
+          for (int64_t word = 0; word < words; word += panel_words) {
+            const Part part{segment, word};
+            const int64_t end = std::min((word + panel_words) * channels_of_word<T>, from.channels);
+            for (int64_t k = word * channels_of_word<T>; k < end; k += Vec::width) {
+              pack(weight, pass, part, k, c, panels);
             }
+            multiply_column(buffers.planes, panels, tiles.count, c, part, made);
           }
         }
+        transform_output(made, bias, pass, 0, tiles.count, c, output);
       }
     });
   }
@@ -522,7 +541,7 @@ struct Product {
     const int64_t weight_blocks = ceil_div(from.channels, Vec::width);
     parallel_for(shape.threads, together * group * weight_blocks, [&](int64_t item) {
       const int64_t panel = item / weight_blocks;
-      pack(weight, pass_from + static_cast<int>(panel / group), 0,
+      pack(weight, pass_from + static_cast<int>(panel / group), Part(),
            item % weight_blocks * Vec::width, first + panel % group,
            buffers.weight + panel * column_floats());
     });
@@ -539,7 +558,7 @@ struct Product {
           transform_rows(input, pass, row, rows, planes_in);
           for (int64_t c = group * share / column_shares; c < group * (share + 1) / column_shares;
                ++c) {
-            multiply_column(planes_in, panels + c * column_floats(), rows, first + c, 0, made);
+            multiply_column(planes_in, panels + c * column_floats(), rows, first + c, Part(), made);
             transform_output(made, bias, pass, row, rows, first + c, output);
           }
         }
