@@ -310,6 +310,29 @@ def test_bfloat16_that_torch_only_emulates_is_left_out(
     assert set(sizes) == {(torch.float32, 64), (torch.bfloat16, 64 if supported else 32)}
 
 
+@pytest.mark.parametrize("faster", ["product", "convolution"])
+def test_a_cpus_peak_is_that_of_the_faster_library(
+    faster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "emulated", lambda precision, device: None)
+    monkeypatch.setattr(machine, "_product", lambda n, dtype, device: ("product", 3 * 10**9))
+    monkeypatch.setattr(machine, "_convolution", lambda n, dtype: ("convolution", 10**9))
+    monkeypatch.setattr(machine, "COPY_BYTES", 64)
+    seconds = {faster: 0.1}
+    monkeypatch.setattr(machine, "_fastest", lambda work, device, repeats: seconds.get(work, 1.0))
+    peaks = machine.measure_peaks(CPU, 1)
+    assert peaks["gflops_fp32"] == pytest.approx(30.0 if faster == "product" else 10.0)
+
+
+def test_the_convolution_of_a_peak_counts_what_it_computes() -> None:
+    work, flops = machine._convolution(64, torch.float32)
+    made = work()
+    assert isinstance(made, torch.Tensor)
+    x, weight = work.args
+    assert flops == 2 * made.numel() * weight[0].numel()
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_case_limits_the_plan() -> None:
     assert measure.FULL.limited({"rounds": 7, "warmup_calls": 9}) == replace(measure.FULL, rounds=7)
     case = replace(_case([]), at_most={"rounds": 2})
