@@ -6,6 +6,7 @@ import ctypes
 import functools
 import gc
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,18 +28,26 @@ ENERGY_SECONDS = 2.0
 # A GPU is that much faster than a CPU, and a clock reading costs it a wait.
 GPU_GEMM, GPU_COPY, GPU_CALLS = 4, 8, 5
 
+_CPUINFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def _cpu_name() -> str:
+    """Where a name has no number, as that of a virtual machine's CPU, with its family and model."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = _CPUINFO.read_text().partition("\n\n")[0].splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    found = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    name = found.get("model name")
+    if name is None:
+        return platform.processor() or platform.machine()
+    if not re.search(r"\d", name) and {"cpu family", "model"} <= found.keys():
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return name
 
 
 def instruction_set() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -310,6 +311,28 @@ def test_bfloat16_that_torch_only_emulates_is_left_out(
     assert set(sizes) == {(torch.float32, 64), (torch.bfloat16, 64 if supported else 32)}
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n"
+            "processor\t: 1\ncpu family\t: 7\nmodel\t\t: 8\nmodel name\t: AMD EPYC\n",
+            "AMD EPYC (family 26, model 2)",
+        ),
+        ("cpu family\t: 25\nmodel\t: 17\nmodel name\t: AMD EPYC 9354\n", "AMD EPYC 9354"),
+        ("model name\t: A core\n", "A core"),
+    ],
+)
+def test_a_cpus_name_tells_generations_apart(
+    text: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    assert machine._cpu_name() == name
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
+    assert machine._cpu_name() == (platform.processor() or platform.machine())
+
+
 @pytest.mark.parametrize("faster", ["product", "convolution"])
 def test_a_cpus_peak_is_that_of_the_faster_library(
     faster: str, monkeypatch: pytest.MonkeyPatch
@@ -381,7 +404,6 @@ def test_peak_memory_sees_what_is_allocated() -> None:
 
 def test_conditions_name_neither_host_nor_user() -> None:
     import getpass
-    import platform
 
     where = machine.conditions(CPU)
     text = json.dumps(where)
