@@ -113,10 +113,15 @@ class Resting:
 
 def _key_of(args: tuple[Any, ...]) -> Any:
     """What the layers' inputs follow from, as far as a call tells; None where it tells nothing."""
-    given = [x for x in args if isinstance(x, Tensor)]
-    if not given or any(type(x) is not Tensor or x.layout is not torch.strided for x in given):
-        return None
-    kinds = [(x.shape, x.dtype, x.is_contiguous()) for x in given]
-    device = given[0].device
-    autocast = torch.is_autocast_enabled(device.type)
-    return (dispatch.wished(), current_groups(), device, autocast, *kinds)
+    kinds: list[Any] = [dispatch.wished(), current_groups()]
+    device = None
+    for x in args:
+        if not isinstance(x, Tensor):
+            continue
+        if type(x) is not Tensor or x.layout is not torch.strided:
+            return None
+        if device is None:
+            device = x.device
+            kinds += device, torch.is_autocast_enabled(device.type)
+        kinds += x.shape, x.dtype, x.is_contiguous()
+    return None if device is None else tuple(kinds)

@@ -46,7 +46,12 @@ from pygan.ops.moments import Moments
 from pygan.ops.native import ACTIVATIONS
 from pygan.ops.wanted import wanted_gradients
 
-_context = threading.local()
+
+class _Context(threading.local):
+    groups = 1
+
+
+_context = _Context()
 
 
 @contextlib.contextmanager
@@ -63,7 +68,7 @@ def batch_groups(count: int) -> Iterator[None]:
 
 def current_groups() -> int:
     """Groups that fused modules use now: 1 outside ``batch_groups``."""
-    return getattr(_context, "groups", 1)
+    return _context.groups
 
 
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:

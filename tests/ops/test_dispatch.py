@@ -116,3 +116,19 @@ def test_parameters_elsewhere_are_named() -> None:
     x, weight = torch.randn(4, 3, 2, 2), torch.ones(3, device="meta")
     with pytest.raises(UserError, match="on meta, not on cpu"):
         norm_act(x, None, None, weight, training=True, impl="cpu")
+
+
+def test_the_wish_is_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYGAN_IMPL", raising=False)
+    assert dispatch.wished() == "auto"
+    monkeypatch.setenv("PYGAN_IMPL", "cpu")
+    assert dispatch.wished() == "cpu"
+    monkeypatch.setenv("PYGAN_IMPL", "")
+    assert dispatch.wished() == ""
+
+
+def test_the_environment_is_read_without_its_dict_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.os, "environ", {"PYGAN_IMPL": "torch"})
+    read = dispatch._variable("PYGAN_IMPL")
+    assert read() == "torch"
+    assert dispatch._variable("PYGAN_NONE")() is None
