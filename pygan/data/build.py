@@ -153,12 +153,12 @@ def _report(job: Job, kept: int, skipped: list[tuple[str, str]]) -> None:
         file, reason = skipped[0]
         raise UserError(
             f"none of the {len(skipped):,} images in {job.name!r} can be read "
-            f"(the first, {file}: {reason}); give images that Pillow reads"
+            f"(the first, {file!r}: {reason}); give images that Pillow reads"
         )
     if skipped:
         log.warning("%s: skipped %d unreadable images", job.name, len(skipped))
     for file, reason in skipped:
-        log.warning("skipped %s: %s", file, reason)
+        log.warning("skipped %r: %s", file, reason)
 
 
 def _bar(job: Job) -> tqdm[Any]:

@@ -136,7 +136,7 @@ def test_links_out_of_the_folder_are_unreadable_unless_asked_for(
         followed = data.load(root, image_size=16, follow_links=True)
         assert values(followed) == [2, 2, 5, 5, 1, 2] and followed.skipped == ()
     assert "skipped 3 unreadable images" in caplog.text
-    assert "skipped dog: is a link that leads out of the folder; copy what it" in caplog.text
+    assert "skipped 'dog': is a link that leads out of the folder; copy what it" in caplog.text
     # What is linked to may come to lie in the folder.
     os.unlink(root / "dog")
     (tmp_path / "elsewhere").rename(root / "emu")
@@ -172,7 +172,7 @@ def test_unreadable_images_are_skipped_counted_and_named(
     assert "truncated" in images.skipped[0][1]
     assert all(reason == "cannot identify image file" for _, reason in images.skipped[1:])
     assert "skipped 3 unreadable images" in caplog.text
-    assert all(f"skipped {name}: " in caplog.text for name, _ in images.skipped)
+    assert all(f"skipped {name!r}: " in caplog.text for name, _ in images.skipped)
     caplog.clear()
     assert data.load(root, image_size=16).skipped == images.skipped
     assert "3 unreadable images are left out" in caplog.text
@@ -292,3 +292,12 @@ def test_progress_can_be_silenced(tmp_path: Path, capfd: pytest.CaptureFixture[s
     picture(tmp_path / "photos/a.png", 1)
     data.load(tmp_path / "photos", progress=False)
     assert capfd.readouterr().err == ""
+
+
+def test_a_name_with_a_line_break_stays_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("\n/1.png", b"no image")
+    with pytest.raises(UserError, match="none of the 1 images") as raised:
+        data.load(str(path), image_size=16)
+    assert "\n" not in str(raised.value)
