@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import unicodedata
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -153,12 +154,12 @@ def _report(job: Job, kept: int, skipped: list[tuple[str, str]]) -> None:
         file, reason = skipped[0]
         raise UserError(
             f"none of the {len(skipped):,} images in {job.name!r} can be read "
-            f"(the first, {file!r}: {reason}); give images that Pillow reads"
+            f"(the first, {file}: {reason}); give images that Pillow reads"
         )
     if skipped:
         log.warning("%s: skipped %d unreadable images", job.name, len(skipped))
     for file, reason in skipped:
-        log.warning("skipped %r: %s", file, reason)
+        log.warning("skipped %s: %s", file, reason)
 
 
 def _bar(job: Job) -> tqdm[Any]:
@@ -206,4 +207,6 @@ def cores() -> int:
 
 
 def printable(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
+    """With what breaks a line or stands for no character as an escape."""
+    unseen = {c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
+    return name.translate({ord(c): c.encode("unicode_escape").decode() for c in unseen})

@@ -57,7 +57,7 @@ def test_no_image_can_be_read(tmp_path: Path, own_cache: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(b"broken")
     (tmp_path / "in/b.png").write_bytes(b"broken")
-    refused(tmp_path / "in", r"none of the 2 images in .*a\.png': cannot identify image file")
+    refused(tmp_path / "in", r"none of the 2 images in .*a\.png: cannot identify image file")
     assert [p for p in own_cache.iterdir() if p.suffix != ".lock"] == []
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pygan import data
 from pygan.data import decode
+from pygan.data.build import printable
 from pygan.errors import UserError
 
 
@@ -136,7 +137,7 @@ def test_links_out_of_the_folder_are_unreadable_unless_asked_for(
         followed = data.load(root, image_size=16, follow_links=True)
         assert values(followed) == [2, 2, 5, 5, 1, 2] and followed.skipped == ()
     assert "skipped 3 unreadable images" in caplog.text
-    assert "skipped 'dog': is a link that leads out of the folder; copy what it" in caplog.text
+    assert "skipped dog: is a link that leads out of the folder; copy what it" in caplog.text
     # What is linked to may come to lie in the folder.
     os.unlink(root / "dog")
     (tmp_path / "elsewhere").rename(root / "emu")
@@ -172,7 +173,7 @@ def test_unreadable_images_are_skipped_counted_and_named(
     assert "truncated" in images.skipped[0][1]
     assert all(reason == "cannot identify image file" for _, reason in images.skipped[1:])
     assert "skipped 3 unreadable images" in caplog.text
-    assert all(f"skipped {name!r}: " in caplog.text for name, _ in images.skipped)
+    assert all(f"skipped {name}: " in caplog.text for name, _ in images.skipped)
     caplog.clear()
     assert data.load(root, image_size=16).skipped == images.skipped
     assert "3 unreadable images are left out" in caplog.text
@@ -301,3 +302,4 @@ def test_a_name_with_a_line_break_stays_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of the 1 images") as raised:
         data.load(str(path), image_size=16)
     assert "\n" not in str(raised.value)
+    assert printable("a b\u3000é\n\u2028\udc80.png") == "a b\u3000é\\n\\u2028\\udc80.png"
