@@ -31,13 +31,9 @@ constexpr int64_t kGradientRows = 8 * kBlockRows;
 // block do not fall on the same lines of the cache.
 int64_t row_stride(int64_t words) { return round_up(words, kLine) + kLine; }
 
+// Neighbours in the sum that share a word: channels, in weight_grad tiles.
 template <class T>
-constexpr int channels_of_word = kPairs<T> ? 2 : 1;
-
-template <class T>
-int64_t words_of(int64_t channels) {
-  return ceil_div(channels, channels_of_word<T>);
-}
+constexpr int kPerWord = kPairs<T> ? 2 : 1;
 
 // Hands out pieces of the caller's scratch, or only counts them.
 class Scratch {
@@ -232,7 +228,7 @@ struct Product {
         to(Up ? big_map(s) : small_map(s)),
         tiles(s.batch, Up ? ceil_div(s.big_height, 2) : s.height,
               Up ? ceil_div(s.big_width, 2) : s.width, M) {
-    words = panel_words = words_of<T>(from.channels);
+    words = panel_words = ceil_div(from.channels, kPerWord<T>);
     input_stride = row_stride(words);
     columns = ceil_div(to.channels, kBlockColumns);
     // Where the weight is the larger side, threads share its columns: each transforms its own, as
@@ -270,9 +266,7 @@ struct Product {
   // Segments of a column whose transformed weight is held at a time.
   int held() const { return by_columns ? 1 : segments; }
   int64_t column_floats() const { return products * held() * panel_stride(); }
-  int64_t plane_stride() const {
-    return padded(by_columns ? tiles.count : block_rows) * input_stride + kLine;
-  }
+  int64_t plane_stride() const { return padded(block_rows) * input_stride + kLine; }
   int64_t product_stride() const { return padded(block_rows) * kBlockColumns + kLine; }
   // The last blocks of a multiplication may reach behind the rows.
   static int64_t padded(int64_t rows) { return round_up(rows, 4) + kBlockRows % 4; }
@@ -366,8 +360,8 @@ struct Product {
       for (int i = 0; i < (Up ? sets : held()); ++i) {
         const int set = Up ? (sets == 1 ? pass : i) : part.segment + i;
         float* to_panel = panels + i * (Up ? squares : 1) * panel_stride() + v * W;
-        for (int64_t r = 0; r < rows; r += channels_of_word<T>) {
-          float* row = to_panel + ((k + r) / channels_of_word<T> - part.word) * kBlockColumns;
+        for (int64_t r = 0; r < rows; r += kPerWord<T>) {
+          float* row = to_panel + ((k + r) / kPerWord<T> - part.word) * kBlockColumns;
           if constexpr (kPairs<T>) {
             Vec even[squares];
             transform_weight(taps[r], set, [&](int p, Vec value) { even[p] = value; });
@@ -522,8 +516,8 @@ struct Product {
         for (int segment = 0; segment < segments; ++segment) {
           for (int64_t word = 0; word < words; word += panel_words) {
             const Part part{segment, word};
-            const int64_t end = std::min((word + panel_words) * channels_of_word<T>, from.channels);
-            for (int64_t k = word * channels_of_word<T>; k < end; k += Vec::width) {
+            const int64_t end = std::min((word + panel_words) * kPerWord<T>, from.channels);
+            for (int64_t k = word * kPerWord<T>; k < end; k += Vec::width) {
               pack(weight, pass, part, k, c, panels);
             }
             multiply_column(buffers.planes, panels, tiles.count, c, part, made);
@@ -574,7 +568,6 @@ template <class T, int M>
 struct Gradient {
   static constexpr int points = Winograd<M>::points;
   static constexpr int squares = points * points;
-  static constexpr int per_word = kPairs<T> ? 2 : 1;
 
   const StridedConvShape& shape;
   Map small, big;
@@ -586,7 +579,7 @@ struct Gradient {
     small_stride = row_stride(round_up(small.channels, Vec::width));
     big_stride = row_stride(round_up(big.channels, kBlockColumns));
     const int64_t word_bytes = squares * (small_stride + 4 * big_stride) * 4;
-    const int64_t all = ceil_div(tiles.count, per_word);
+    const int64_t all = ceil_div(tiles.count, kPerWord<T>);
     const int64_t blocks = ceil_div(all * word_bytes, kGradientBytes);
     block_words = ceil_div(all, blocks);
     columns = ceil_div(big.channels, kBlockColumns);
@@ -616,11 +609,11 @@ struct Gradient {
     return b;
   }
 
-  // Rows of per_word tiles, from `tile` on, into one word of every plane.
+  // Rows of kPerWord tiles, from `tile` on, into one word of every plane.
   template <class Line, class WindowAt>
   static void transform_word(const WindowAt& window_at, int64_t channels, float* row,
                              int64_t plane) {
-    if constexpr (per_word == 2) {
+    if constexpr (kPerWord<T> == 2) {
       const auto first = window_at(0), second = window_at(1);
       for_each_vector(channels, [&](int64_t c, const auto& read) {
         Vec even[Line::out * Line::out];
@@ -649,10 +642,10 @@ struct Gradient {
 
   void transform(const Operand<T>& small_in, const Operand<T>& big_in, int64_t first, int64_t word,
                  const Buffers& buffers) const {
-    const int64_t tile = (first + word) * per_word;
-    for (int i = 0; i < per_word; ++i) {
-      prefetch_tile(small_in, tiles, tile + i + per_word - 1, M);
-      prefetch_tile(big_in, tiles, tile + i + per_word - 1, 2 * M);
+    const int64_t tile = (first + word) * kPerWord<T>;
+    for (int i = 0; i < kPerWord<T>; ++i) {
+      prefetch_tile(small_in, tiles, tile + i + kPerWord<T> - 1, M);
+      prefetch_tile(big_in, tiles, tile + i + kPerWord<T> - 1, 2 * M);
     }
     using Grad = typename Winograd<M>::OutputGrad;
     transform_word<Grad>([&](int i) { return window<Grad::in>(small_in, tile + i, 0, 0, 1); },
@@ -729,7 +722,7 @@ struct Gradient {
     const Operand<T> big_in{big_values, big, norm_of_small ? MapNorm() : norm, zeros};
     const bool aside = shape.weight_layout != Layout::channels_last;
     float* sums = aside ? buffers.dweight : dweight;
-    const int64_t all = ceil_div(tiles.count, per_word);
+    const int64_t all = ceil_div(tiles.count, kPerWord<T>);
     for (int64_t first = 0; first < all; first += block_words) {
       const int64_t depth = std::min(block_words, all - first);
       parallel_for(shape.threads, depth,

@@ -204,6 +204,7 @@ SHAPES = [
     (1, 16, 17, 19, 1),
     (3, 48, 6, 11, 4),
     (2, 5, 13, 2, 100),
+    (1, 300, 5, 6, 300),
 ]
 TYPES = pytest.mark.parametrize(
     ("dtype", "weight_dtype"),
