@@ -19,6 +19,7 @@ import pygan
 from benchmarks.correct import DTYPE
 from pygan import power
 from pygan.power import synchronize
+from pygan.report import cpu_facts
 
 PRECISION = {"off": "fp32", "bf16": "bf16"}  # of each value of ``amp``
 GEMM_SIZE = 2048
@@ -28,20 +29,13 @@ ENERGY_SECONDS = 2.0
 # A GPU is that much faster than a CPU, and a clock reading costs it a wait.
 GPU_GEMM, GPU_COPY, GPU_CALLS = 4, 8, 5
 
-_CPUINFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def _cpu_name() -> str:
     """Where a name has no number, as that of a virtual machine's CPU, with its family and model."""
-    try:
-        lines = _CPUINFO.read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        lines = []
-    found = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
+    found = cpu_facts()
     name = found.get("model name")
     if name is None:
         return platform.processor() or platform.machine()

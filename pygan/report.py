@@ -15,6 +15,8 @@ from pygan.ops import cuda_native, native
 
 LOG_TAIL = 20  # lines
 
+_CPUINFO = Path("/proc/cpuinfo")
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -107,13 +109,18 @@ def _machine() -> Machine:
     )
 
 
-def _cpu_name() -> str:
+def cpu_facts() -> dict[str, str]:
+    """What Linux tells of the first CPU, such as its "model name"; nothing elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown CPU"
+        return {}
+    facts = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in facts}
+
+
+def _cpu_name() -> str:
+    return cpu_facts().get("model name") or platform.processor() or "unknown CPU"
 
 
 def _cores() -> int:

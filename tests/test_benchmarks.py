@@ -327,9 +327,9 @@ def test_a_cpus_name_tells_generations_apart(
     text: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("pygan.report._CPUINFO", tmp_path / "cpuinfo")
     assert machine._cpu_name() == name
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr("pygan.report._CPUINFO", tmp_path / "none")
     assert machine._cpu_name() == (platform.processor() or platform.machine())
 
 
