@@ -65,6 +65,9 @@ inline Vec keep(Vec a, int count) {
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+// Half a line is not worth going past the caches.
+inline void stream(float* p, Vec a) { store(p, a); }
+inline void fence() {}
 
 inline Vec load(const bfloat16* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

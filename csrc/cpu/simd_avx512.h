@@ -73,6 +73,9 @@ inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(float* p, Vec a, int count) { _mm512_mask_storeu_ps(p, first(count), a.v); }
+// Past the caches: p is the start of a line. Other threads see it after a fence.
+inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+inline void fence() { _mm_sfence(); }
 
 inline Vec load(const bfloat16* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

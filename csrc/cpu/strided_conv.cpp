@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
@@ -25,6 +26,7 @@ constexpr int64_t kOwnBytes = 1 << 19;      // of transformed weights that one t
 // Of transformed input of one thread.
 constexpr int64_t kInputBytes = Vec::width == 16 ? 1 << 19 : 3 << 19;
 constexpr int64_t kGradientBytes = 10 << 20;  // of transformed maps in weight_grad
+constexpr int64_t kOwnWords = 64;             // in weight_grad, of one thread at a time
 constexpr int64_t kGradientRows = 8 * kBlockRows;
 
 // Floats from one row of `words` to the next: whole lines, and one more, so that the rows of a
@@ -34,6 +36,17 @@ int64_t row_stride(int64_t words) { return round_up(words, kLine) + kLine; }
 // Neighbours in the sum that share a word: channels, in weight_grad tiles.
 template <class T>
 constexpr int kPerWord = kPairs<T> ? 2 : 1;
+
+// Whole lines that other threads read next. They go past the caches: to take a line from the cache
+// of a thread that sits far away costs more than to write it to memory.
+template <bool Shared>
+inline void store_words(float* p, Vec value) {
+  if constexpr (Shared) {
+    stream(p, value);
+  } else {
+    store(p, value);
+  }
+}
 
 // Hands out pieces of the caller's scratch, or only counts them.
 class Scratch {
@@ -106,21 +119,30 @@ struct Window {
   }
 };
 
+// Places of a tile: every one of them, or a subgrid of the big map's.
+struct Places {
+  int64_t size;  // of the tile
+  int y, x, step;
+};
+
 // Asks for the pixels that the tile after the next brings: its windows jump between rows of the
 // map, which the hardware does not follow.
 template <class T>
-void prefetch_tile(const Operand<T>& from, const Tiles& tiles, int64_t tile, int64_t size) {
+void prefetch_tile(const Operand<T>& from, const Tiles& tiles, int64_t tile, Places places) {
   tile += 2;
   if (tile >= tiles.count) return;
   const Tiles::Place at = tiles.place(tile);
   const Map& of = from.map;
-  const int64_t width = std::min(size, of.width - at.x * size);
-  const int64_t height = std::min(size, of.height - at.y * size);
-  for (int64_t i = 0; i < height; ++i) {
-    const int64_t pixel = (at.image * of.height + at.y * size + i) * of.width + at.x * size;
-    const char* first = reinterpret_cast<const char*>(from.values + pixel * of.channels);
-    const int64_t bytes = width * of.channels * static_cast<int64_t>(sizeof(T));
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(first + b);
+  const int64_t top = at.y * places.size, left = at.x * places.size;
+  const int64_t height = std::min(places.size, of.height - top);
+  const int64_t width = std::min(places.size, of.width - left);
+  const int64_t bytes = of.channels * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = places.y; i < height; i += places.step) {
+    for (int64_t j = places.x; j < width; j += places.step) {
+      const int64_t pixel = (at.image * of.height + top + i) * of.width + left + j;
+      const char* first = reinterpret_cast<const char*>(from.values + pixel * of.channels);
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(first + b);
+    }
   }
 }
 
@@ -219,6 +241,8 @@ struct Product {
   Tiles tiles;
   int64_t words, input_stride, columns, columns_at_once, block_rows, threads, column_shares;
   int64_t panel_words;  // of a segment of a column that are held at a time
+  int teams;            // of threads, which share the passes and have scratch of their own
+  int team_threads;     // at most
   int together;         // passes that a block of rows goes through while its input is in the caches
   bool by_columns;
 
@@ -231,35 +255,42 @@ struct Product {
     words = panel_words = ceil_div(from.channels, kPerWord<T>);
     input_stride = row_stride(words);
     columns = ceil_div(to.channels, kBlockColumns);
+    const int64_t weight_bytes = columns * products * segments * panel_stride() * 4;
+    // Threads to which passes can be dealt evenly need nothing in common. What one writes and
+    // another reads takes long where they sit far apart; a small weight is no matter.
+    const bool dealt = passes * weight_bytes > kCachedBytes && passes % s.threads == 0;
+    teams = dealt ? s.threads : 1;
+    team_threads = s.threads / teams;
     // Where the weight is the larger side, threads share its columns: each transforms its own, as
     // much of a column at a time as its second cache keeps until it is multiplied, and all read
     // one transformed input. Elsewhere they share the rows.
-    const int64_t weight_bytes = columns * products * segments * panel_stride() * 4;
     const int64_t input_bytes = planes * tiles.count * input_stride * 4;
     by_columns =
-        M == 4 && input_bytes <= std::min(weight_bytes, kSharedBytes) && columns >= s.threads;
+        M == 4 && input_bytes <= std::min(weight_bytes, kSharedBytes) && columns >= team_threads;
     if (by_columns) {
       const int64_t fit = kOwnBytes / (products * kBlockColumns * 4);
       const int64_t parts = ceil_div(words, std::max<int64_t>(fit, Vec::width));
       panel_words = round_up(ceil_div(words, parts), Vec::width);
       block_rows = round_up(tiles.count, 4);
       columns_at_once = column_shares = together = 1;
-      threads = s.threads;
+      threads = team_threads;
       return;
     }
-    together = passes * weight_bytes <= kCachedBytes ? passes : 1;
+    together = team_passes() * weight_bytes <= kCachedBytes ? team_passes() : 1;
     columns_at_once = ceil_div(columns, ceil_div(weight_bytes, kWeightBytes));
     // Blocks of rows that threads share evenly and that stay near the second cache.
     const int64_t most = std::clamp<int64_t>(kInputBytes / (planes * input_stride * 4),
                                              3 * kBlockRows, 8 * kBlockRows);
-    const int64_t share = ceil_div(tiles.count, s.threads);
+    const int64_t share = ceil_div(tiles.count, team_threads);
     const int64_t blocks = ceil_div(share, most);
     block_rows = round_up(ceil_div(share, blocks), 4);
     // Few rows and many threads: threads share the columns of a block as well.
     const int64_t row_blocks = ceil_div(tiles.count, block_rows);
-    column_shares = std::clamp<int64_t>(s.threads / row_blocks, 1, columns_at_once);
-    threads = std::min<int64_t>(s.threads, row_blocks * column_shares);
+    column_shares = std::clamp<int64_t>(team_threads / row_blocks, 1, columns_at_once);
+    threads = std::min<int64_t>(team_threads, row_blocks * column_shares);
   }
+
+  int team_passes() const { return passes / teams; }
 
   // One line more than the array needs, else the planes of one place fall on the same lines.
   int64_t panel_stride() const { return panel_words * kBlockColumns + kLine; }
@@ -286,6 +317,12 @@ struct Product {
             scratch.floats((by_columns ? 1 : threads) * planes_floats()),
             scratch.floats(threads * made_floats())};
   }
+  int64_t team_bytes() const {
+    Scratch pieces(nullptr);
+    carve(pieces);
+    return pieces.used();
+  }
+  int64_t scratch_bytes() const { return teams * team_bytes(); }
 
   // Tap of the 4x4 kernel along one dimension: the t-th of two that phase or subgrid `set` uses.
   static int tap(int set, int t) { return Up ? 3 - set - 2 * t : set + 2 * t; }
@@ -346,7 +383,8 @@ struct Product {
   };
 
   // Transforms the weight of Vec::width channels in, from `k` on, for one block of columns: of
-  // `up` all products, of `down` the segments that are held.
+  // `up` all products, of `down` the segments that are held. Other threads read what is Shared.
+  template <bool Shared>
   void pack(const float* weight, int pass, Part part, int64_t k, int64_t column,
             float* panels) const {
     constexpr int W = Vec::width;
@@ -355,7 +393,7 @@ struct Product {
     Vec taps[W][16];
     for (int v = 0; v < kBlockVectors; ++v) {
       const int64_t n = column * kBlockColumns + v * W;
-      if (n >= to.channels) return;
+      if (n >= to.channels) break;
       read_taps(weight, Up ? pass : part.segment, k, n, taps);
       for (int i = 0; i < (Up ? sets : held()); ++i) {
         const int set = Up ? (sets == 1 ? pass : i) : part.segment + i;
@@ -366,14 +404,16 @@ struct Product {
             Vec even[squares];
             transform_weight(taps[r], set, [&](int p, Vec value) { even[p] = value; });
             transform_weight(taps[r + 1], set, [&](int p, Vec value) {
-              store(row + p * step, pair_up(even[p], value));
+              store_words<Shared>(row + p * step, pair_up(even[p], value));
             });
           } else {
-            transform_weight(taps[r], set, [&](int p, Vec value) { store(row + p * step, value); });
+            transform_weight(taps[r], set,
+                             [&](int p, Vec value) { store_words<Shared>(row + p * step, value); });
           }
         }
       }
     }
+    if constexpr (Shared) fence();
   }
 
   void transform_rows(const Operand<T>& input, int pass, int64_t row, int64_t rows,
@@ -383,7 +423,7 @@ struct Product {
     for (int64_t r = 0; r < rows; ++r) {
       const Tiles::Place at = tiles.place(row + r);
       float* to_row = planes_out + r * input_stride;
-      prefetch_tile(input, tiles, row + r, Up ? M : 2 * M);
+      prefetch_tile(input, tiles, row + r, {Up ? M : 2 * M, 0, 0, 1});
       if constexpr (Up) {
         const int64_t y = M * at.y - 1 + pass / 2, x = M * at.x - 1 + pass % 2;
         const Window<T, Line::in> window(input, at.image, y, x, 1);
@@ -487,29 +527,33 @@ struct Product {
 
   void run(const T* values, const MapNorm& norm, const float* weight, const float* bias, T* output,
            void* scratch) const {
-    Scratch pieces(scratch);
-    const Buffers buffers = carve(pieces);
-    std::memset(buffers.zeros, 0, static_cast<size_t>(from.channels) * sizeof(float));
-    const Operand<T> input{values, from, norm, reinterpret_cast<const T*>(buffers.zeros)};
-    if (by_columns) {
-      for (int pass = 0; pass < passes; ++pass) {
-        share_columns(input, weight, bias, output, buffers, pass);
+    const int64_t bytes = team_bytes();
+    parallel_for(teams, teams, [&](int64_t team) {
+      Scratch pieces(static_cast<char*>(scratch) + team * bytes);
+      const Buffers buffers = carve(pieces);
+      std::memset(buffers.zeros, 0, static_cast<size_t>(from.channels) * sizeof(float));
+      const Operand<T> input{values, from, norm, reinterpret_cast<const T*>(buffers.zeros)};
+      const int first = static_cast<int>(team) * team_passes(), last = first + team_passes();
+      if (by_columns) {
+        for (int pass = first; pass < last; ++pass) {
+          share_columns(input, weight, bias, output, buffers, pass);
+        }
+        return;
       }
-    } else {
-      for (int64_t first = 0; first < columns; first += columns_at_once) {
-        for (int pass = 0; pass < passes; pass += together) {
-          share_rows(input, weight, bias, output, buffers, pass, first);
+      for (int64_t column = 0; column < columns; column += columns_at_once) {
+        for (int pass = first; pass < last; pass += together) {
+          share_rows(input, weight, bias, output, buffers, pass, column);
         }
       }
-    }
+    });
   }
 
   void share_columns(const Operand<T>& input, const float* weight, const float* bias, T* output,
                      const Buffers& buffers, int pass) const {
-    parallel_for(shape.threads, tiles.count, [&](int64_t row) {
+    parallel_for(team_threads, tiles.count, [&](int64_t row) {
       transform_rows(input, pass, row, 1, buffers.planes + row * input_stride);
     });
-    parallel_for(shape.threads, threads, [&](int64_t thread) {
+    parallel_for(team_threads, threads, [&](int64_t thread) {
       float* panels = buffers.weight + thread * column_floats();
       float* made = buffers.made + thread * made_floats();
       for (int64_t c = columns * thread / threads; c < columns * (thread + 1) / threads; ++c) {
@@ -518,7 +562,7 @@ struct Product {
             const Part part{segment, word};
             const int64_t end = std::min((word + panel_words) * kPerWord<T>, from.channels);
             for (int64_t k = word * kPerWord<T>; k < end; k += Vec::width) {
-              pack(weight, pass, part, k, c, panels);
+              pack<false>(weight, pass, part, k, c, panels);
             }
             multiply_column(buffers.planes, panels, tiles.count, c, part, made);
           }
@@ -533,14 +577,19 @@ struct Product {
                   const Buffers& buffers, int pass_from, int64_t first) const {
     const int64_t group = std::min(columns_at_once, columns - first);
     const int64_t weight_blocks = ceil_div(from.channels, Vec::width);
-    parallel_for(shape.threads, together * group * weight_blocks, [&](int64_t item) {
+    parallel_for(team_threads, together * group * weight_blocks, [&](int64_t item) {
       const int64_t panel = item / weight_blocks;
-      pack(weight, pass_from + static_cast<int>(panel / group), Part(),
-           item % weight_blocks * Vec::width, first + panel % group,
-           buffers.weight + panel * column_floats());
+      const int pass = pass_from + static_cast<int>(panel / group);
+      const int64_t k = item % weight_blocks * Vec::width, column = first + panel % group;
+      float* panels = buffers.weight + panel * column_floats();
+      if (team_threads > 1) {
+        pack<true>(weight, pass, Part(), k, column, panels);
+      } else {
+        pack<false>(weight, pass, Part(), k, column, panels);
+      }
     });
     const int64_t items = ceil_div(tiles.count, block_rows) * column_shares;
-    parallel_for(shape.threads, threads, [&](int64_t thread) {
+    parallel_for(team_threads, threads, [&](int64_t thread) {
       float* planes_in = buffers.planes + thread * planes_floats();
       float* made = buffers.made + thread * made_floats();
       for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; ++i) {
@@ -572,20 +621,28 @@ struct Gradient {
   const StridedConvShape& shape;
   Map small, big;
   Tiles tiles;
-  int64_t small_stride, big_stride, block_words, row_parts, columns;
+  int64_t small_stride, big_stride, all_words, block_words, row_parts, columns;
+  int teams;         // of threads, which share the words and have scratch of their own
+  int team_threads;  // at most
 
   explicit Gradient(const StridedConvShape& s)
       : shape(s), small(small_map(s)), big(big_map(s)), tiles(s.batch, s.height, s.width, M) {
     small_stride = row_stride(round_up(small.channels, Vec::width));
     big_stride = row_stride(round_up(big.channels, kBlockColumns));
     const int64_t word_bytes = squares * (small_stride + 4 * big_stride) * 4;
-    const int64_t all = ceil_div(tiles.count, kPerWord<T>);
-    const int64_t blocks = ceil_div(all * word_bytes, kGradientBytes);
-    block_words = ceil_div(all, blocks);
+    all_words = ceil_div(tiles.count, kPerWord<T>);
+    // Small sums are those of each thread's own words, which then have nothing else in common.
+    const int64_t most = std::max<int64_t>(kGradientBytes / (s.threads * word_bytes), 1);
+    const bool apart = dweight_floats() * 4 <= kOwnBytes && most >= kOwnWords;
+    teams = static_cast<int>(apart ? std::min<int64_t>(s.threads, all_words) : 1);
+    team_threads = s.threads / teams;
+    const int64_t words = ceil_div(all_words, teams);
+    block_words = ceil_div(words, ceil_div(words * teams * word_bytes, kGradientBytes));
     columns = ceil_div(big.channels, kBlockColumns);
     row_parts = ceil_div(small.channels, kGradientRows);
   }
 
+  int64_t dweight_floats() const { return 16 * small.channels * big.channels; }
   int64_t small_plane() const { return block_words * small_stride + kLine; }
   int64_t big_plane() const { return block_words * big_stride + kLine; }
 
@@ -594,20 +651,27 @@ struct Gradient {
     float* big;       // [subgrid][square][word][big channels]
     float* zeros;     // a pixel
     float* products;  // of each thread: [square][kGradientRows][kBlockColumns]
-    float* dweight;   // [a][4][4][b] where the weight is not stored so
-    int64_t per_thread;
+    float* sums;      // [a][4][4][b]
   };
+  static constexpr int64_t kThreadProducts = squares * (kGradientRows * kBlockColumns + kLine);
+
   Buffers carve(Scratch& scratch) const {
     Buffers b;
     b.small = scratch.floats(squares * small_plane());
     b.big = scratch.floats(4 * squares * big_plane());
     b.zeros = scratch.floats(std::max(small.channels, big.channels));
-    b.per_thread = squares * (kGradientRows * kBlockColumns + kLine);
-    b.products = scratch.floats(shape.threads * b.per_thread);
-    const bool aside = shape.weight_layout != Layout::channels_last;
-    b.dweight = scratch.floats(aside ? 16 * small.channels * big.channels : 0);
+    b.products = scratch.floats(team_threads * kThreadProducts);
+    b.sums = scratch.floats(in_place() ? 0 : dweight_floats());
     return b;
   }
+  // Whether the sums need not be added up or turned over.
+  bool in_place() const { return teams == 1 && shape.weight_layout == Layout::channels_last; }
+  int64_t team_bytes() const {
+    Scratch pieces(nullptr);
+    carve(pieces);
+    return pieces.used();
+  }
+  int64_t scratch_bytes() const { return teams * team_bytes(); }
 
   // Rows of kPerWord tiles, from `tile` on, into one word of every plane.
   template <class Line, class WindowAt>
@@ -640,22 +704,28 @@ struct Gradient {
     return {from, at.image, y, step * M * at.x + origin_x, step};
   }
 
-  void transform(const Operand<T>& small_in, const Operand<T>& big_in, int64_t first, int64_t word,
-                 const Buffers& buffers) const {
+  void transform_small(const Operand<T>& from, int64_t first, int64_t word,
+                       const Buffers& buffers) const {
+    using Line = typename Winograd<M>::OutputGrad;
     const int64_t tile = (first + word) * kPerWord<T>;
     for (int i = 0; i < kPerWord<T>; ++i) {
-      prefetch_tile(small_in, tiles, tile + i + kPerWord<T> - 1, M);
-      prefetch_tile(big_in, tiles, tile + i + kPerWord<T> - 1, 2 * M);
+      prefetch_tile(from, tiles, tile + i + kPerWord<T> - 1, {M, 0, 0, 1});
     }
-    using Grad = typename Winograd<M>::OutputGrad;
-    transform_word<Grad>([&](int i) { return window<Grad::in>(small_in, tile + i, 0, 0, 1); },
+    transform_word<Line>([&](int i) { return window<Line::in>(from, tile + i, 0, 0, 1); },
                          small.channels, buffers.small + word * small_stride, small_plane());
+  }
+
+  void transform_big(const Operand<T>& from, int set, int64_t first, int64_t word,
+                     const Buffers& buffers) const {
     using Line = typename Winograd<M>::Input;
-    for (int set = 0; set < 4; ++set) {
-      transform_word<Line>(
-          [&](int i) { return window<Line::in>(big_in, tile + i, set / 2 - 1, set % 2 - 1, 2); },
-          big.channels, buffers.big + set * squares * big_plane() + word * big_stride, big_plane());
+    const int64_t tile = (first + word) * kPerWord<T>;
+    const int y = set / 2 - 1, x = set % 2 - 1;
+    for (int i = 0; i < kPerWord<T>; ++i) {
+      prefetch_tile(from, tiles, tile + i + kPerWord<T> - 1, {2 * M, y & 1, x & 1, 2});
     }
+    transform_word<Line>(
+        [&](int i) { return window<Line::in>(from, tile + i, y, x, 2); }, big.channels,
+        buffers.big + set * squares * big_plane() + word * big_stride, big_plane());
   }
 
   template <int Rows, int Vectors>
@@ -712,25 +782,56 @@ struct Gradient {
 
   void run(const T* small_values, const T* big_values, const MapNorm& norm, float* dweight,
            void* scratch) const {
-    Scratch pieces(scratch);
-    const Buffers buffers = carve(pieces);
-    const int64_t A = small.channels, B = big.channels;
-    std::memset(buffers.zeros, 0, static_cast<size_t>(std::max(A, B)) * sizeof(float));
-    const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
     const bool norm_of_small = shape.normalized == ConvMap::small;
-    const Operand<T> small_in{small_values, small, norm_of_small ? norm : MapNorm(), zeros};
-    const Operand<T> big_in{big_values, big, norm_of_small ? MapNorm() : norm, zeros};
-    const bool aside = shape.weight_layout != Layout::channels_last;
-    float* sums = aside ? buffers.dweight : dweight;
-    const int64_t all = ceil_div(tiles.count, kPerWord<T>);
-    for (int64_t first = 0; first < all; first += block_words) {
-      const int64_t depth = std::min(block_words, all - first);
-      parallel_for(shape.threads, depth,
-                   [&](int64_t word) { transform(small_in, big_in, first, word, buffers); });
+    const bool turned = shape.weight_layout != Layout::channels_last;
+    const int64_t bytes = team_bytes();
+    const auto buffers_of = [&](int64_t team) {
+      Scratch pieces(static_cast<char*>(scratch) + team * bytes);
+      Buffers buffers = carve(pieces);
+      if (team == 0 && !turned) buffers.sums = dweight;
+      return buffers;
+    };
+    parallel_for(teams, teams, [&](int64_t team) {
+      const Buffers buffers = buffers_of(team);
+      const int64_t channels = std::max(small.channels, big.channels);
+      std::memset(buffers.zeros, 0, static_cast<size_t>(channels) * sizeof(float));
+      const T* zeros = reinterpret_cast<const T*>(buffers.zeros);
+      add_words({small_values, small, norm_of_small ? norm : MapNorm(), zeros},
+                {big_values, big, norm_of_small ? MapNorm() : norm, zeros},
+                all_words * team / teams, all_words * (team + 1) / teams, buffers);
+    });
+    if (in_place()) return;
+    const int64_t B = big.channels;
+    float* sums = buffers_of(0).sums;
+    parallel_for(shape.threads, small.channels, [&](int64_t a) {
+      float* row = sums + a * 16 * B;
+      for (int64_t team = 1; team < teams; ++team) {
+        const float* other = buffers_of(team).sums + a * 16 * B;
+        for (int64_t i = 0; i < 16 * B; ++i) row[i] += other[i];
+      }
+      if (!turned) return;
+      for (int64_t b = 0; b < B; ++b) {
+        for (int t = 0; t < 16; ++t) dweight[(a * B + b) * 16 + t] = row[t * B + b];
+      }
+    });
+  }
+
+  // The sums of the words from `from` to `to`, by a team.
+  void add_words(const Operand<T>& small_in, const Operand<T>& big_in, int64_t from, int64_t to,
+                 const Buffers& buffers) const {
+    const int64_t A = small.channels, B = big.channels;
+    for (int64_t first = from; first < to; first += block_words) {
+      const int64_t depth = std::min(block_words, to - first);
+      // Subgrids come in the order of their products: what a thread transforms it multiplies.
+      parallel_for(team_threads, 4 * depth, [&](int64_t i) {
+        transform_big(big_in, static_cast<int>(i / depth), first, i % depth, buffers);
+      });
+      parallel_for(team_threads, depth,
+                   [&](int64_t word) { transform_small(small_in, first, word, buffers); });
       const int64_t items = 4 * row_parts * columns;
-      const int64_t threads = std::min<int64_t>(shape.threads, items);
+      const int64_t threads = std::min<int64_t>(team_threads, items);
       parallel_for(static_cast<int>(threads), threads, [&](int64_t thread) {
-        float* made = buffers.products + thread * buffers.per_thread;
+        float* made = buffers.products + thread * kThreadProducts;
         for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads;
              ++item) {
           const int64_t column = item % columns, part = item / columns % row_parts;
@@ -741,16 +842,10 @@ struct Gradient {
           } else {
             multiply<1>(buffers, set, a, rows, column, depth, made);
           }
-          finish(made, set, a, rows, column, first > 0, sums);
+          finish(made, set, a, rows, column, first > from, buffers.sums);
         }
       });
     }
-    if (!aside) return;
-    parallel_for(shape.threads, A, [&](int64_t a) {
-      for (int64_t b = 0; b < B; ++b) {
-        for (int t = 0; t < 16; ++t) dweight[(a * B + b) * 16 + t] = sums[(a * 16 + t) * B + b];
-      }
-    });
   }
 };
 
@@ -797,15 +892,9 @@ int64_t strided_conv_scratch(const StridedConvShape& s, ConvPass pass) {
   return with_type_and_tile(s, [&](auto type, auto tile) {
     using T = decltype(type);
     constexpr int M = decltype(tile)::value;
-    Scratch pieces(nullptr);
-    if (pass == ConvPass::up) {
-      Product<T, M, true>(s).carve(pieces);
-    } else if (pass == ConvPass::down) {
-      Product<T, M, false>(s).carve(pieces);
-    } else {
-      Gradient<T, M>(s).carve(pieces);
-    }
-    return pieces.used();
+    if (pass == ConvPass::up) return Product<T, M, true>(s).scratch_bytes();
+    if (pass == ConvPass::down) return Product<T, M, false>(s).scratch_bytes();
+    return Gradient<T, M>(s).scratch_bytes();
   });
 }
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_accurate, assert_accurate_convolution, relative_error
+from accuracy import (
+    CONVOLUTION_FLOOR,
+    FLOOR,
+    assert_accurate,
+    assert_accurate_convolution,
+    relative_error,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -198,7 +204,7 @@ def test_the_same_as_both_operations(
         if name.startswith("running"):
             assert torch.equal(value, apart[name])
         elif dtype == torch.float32:
-            torch.testing.assert_close(value, apart[name], rtol=1e-5, atol=1e-5)
+            assert relative_error(value, apart[name]) <= FLOOR[dtype], name
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "no graph"])
@@ -230,7 +236,7 @@ def test_threads_and_runs_agree() -> None:
     for name, value in found[0].items():
         assert torch.equal(value, found[3][name])
         for other in found[1:3]:
-            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5)
+            assert relative_error(other[name], value) <= CONVOLUTION_FLOOR[torch.float32], name
 
 
 def test_the_map_between_is_not_kept() -> None:

@@ -510,14 +510,16 @@ def test_unknown_activation_is_named() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("size", [(4, 48, 8, 8, 32), (3, 24, 9, 7, 3)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(4, 48, 8, 8, 32), (3, 24, 9, 7, 3), (2, 160, 7, 6, 140)], ids=str
+)
 @PASSES
 def test_threads(conv_pass: str, size: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     case = Case(conv_pass, size, dtype=dtype)
     before = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 4):
             torch.set_num_threads(count)
             results.append(run(case, "cpu"))
             for name, value in run(case, "cpu").items():
