@@ -31,6 +31,7 @@ from pygan.tricks import Ema, Tricks
 logger = logging.getLogger("pygan")
 
 _DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MOST_MERGED = 1 << 20  # bytes of a step's images, in float32 on a CPU
 
 
 # D's of real and of generated images: of all, or of each.
@@ -113,6 +114,7 @@ class _Step:
         self.device = next(D.parameters()).device
         self.amp = resolve_amp(amp, self.device)
         self.merge = merge
+        self._spares_memory = False
         self.graph = graph
         self.generator = generator
         self.ema = ema
@@ -383,8 +385,9 @@ class AdversarialStep(_Step):
             mode are seen; after another change in the networks, of a layer's momentum, say, or of
             its hooks, call :meth:`recapture`. A learning rate that changes often is best a tensor
             on the device, filled in place.
-        merge: one call of D for both halves: "auto" (where it is known to be the same, and faster),
-            True or False to force.
+        merge: one call of D for both halves, which is faster: "auto" (where it is known to be the
+            same, and in float32 on a CPU for images of up to 1 MiB a step, because the maps of both
+            halves take more memory), True or False to force.
         generator: for z and all else that is drawn.
         tricks: what helps besides, :class:`pygan.Tricks`. Steps that differ by turns stay eager.
         ema: an average of G, updated after each of its updates.
@@ -413,9 +416,8 @@ class AdversarialStep(_Step):
             if module is _plain(module) and any(p.dim() == 4 for p in module.parameters()):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.merge == "auto":
-            # Two calls transform the weights twice, one costs cache: in float32 that is more.
-            slower = self.device.type == "cpu" and self.amp == "off"
-            reason = "it runs in float32 on a CPU" if slower else why_not_mergeable(self._D)
+            self._spares_memory = self.device.type == "cpu" and self.amp == "off"
+            reason = why_not_mergeable(self._D)
             self.merge = reason is None
             if reason is not None:
                 logger.info("D is called twice a step, because %s", reason)
@@ -469,7 +471,7 @@ class AdversarialStep(_Step):
         self, real: Tensor, fake: Tensor, targets: Targets
     ) -> tuple[Tensor, Tensor, Tensor]:
         self.opt_d.zero_grad(set_to_none=True)
-        together = self.merge or is_paired(self.loss)
+        together = self._merges(real) or is_paired(self.loss)
         gradients = self._gradients_at_once if together else self._separate_gradients
         # First, so that the backward that follows, which a parallel D shares, takes all along.
         self._add_penalties(real, fake)
@@ -477,11 +479,16 @@ class AdversarialStep(_Step):
         self._finish(self.D, self.opt_d, self._scaler_d)
         return losses
 
+    def _merges(self, real: Tensor) -> bool:
+        if self._spares_memory and real.nbytes > _MOST_MERGED:
+            return False
+        return bool(self.merge)
+
     def _gradients_at_once(
         self, real: Tensor, fake: Tensor, targets: Targets
     ) -> tuple[Tensor, Tensor, Tensor]:
         with self._autocast():
-            if self.merge:
+            if self._merges(real):
                 both = _joined(real, fake)
                 with batch_groups(2):
                     logits = self.D(both).flatten()

@@ -145,6 +145,22 @@ def test_only_relativistic_losses_ask_about_real_images_again(merge: bool) -> No
         assert calls == [*of_d, *again, (BATCH, True)]
 
 
+@pytest.mark.parametrize(("beyond", "calls"), [(0, 2), (1, 3)])
+def test_float32_is_merged_on_a_cpu_while_images_are_small(
+    beyond: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    G, D = networks()
+    pygan.fuse(D)
+    sgd = torch.optim.SGD(G.parameters()), torch.optim.SGD(D.parameters())
+    step = pygan.AdversarialStep(G, D, *sgd, amp="off")
+    real, z = batches(1)[0]
+    monkeypatch.setattr("pygan.step._MOST_MERGED", real.nbytes - beyond)
+    seen: list[int] = []
+    D.register_forward_hook(lambda _, x, y: seen.append(len(y)))
+    step(real, z)
+    assert len(seen) == calls
+
+
 @pytest.mark.parametrize("kind", [pygan.AdversarialStep, pygan.ReferenceStep])
 @pytest.mark.parametrize("loss", NAMES)
 def test_every_loss_learns_in_bfloat16(loss: str, kind: Any) -> None:
