@@ -12,7 +12,9 @@ from PIL import Image
 from benchmarks import pictures, report
 from pygan.errors import UserError
 
-RESULTS = Path(report.__file__).parent / "results" / "amd-epyc-2-cores-avx512"
+KEPT = Path(report.__file__).parent / "results"
+RESULT = KEPT / "amd-epyc-family-25-model-17-2-cores-avx512" / "torch-2.13.0.json"
+COST = KEPT / "amd-epyc-2-cores-avx512" / "cost.json"
 SCALED = {
     "kind": "scaling",
     "series": [
@@ -34,7 +36,7 @@ SCALED = {
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return report.load(RESULTS / "torch-2.13.0.json")
+    return report.load(RESULT)
 
 
 def test_a_bar_for_every_side(result: dict[str, Any]) -> None:
@@ -110,7 +112,7 @@ def test_report_draws_beside_the_result(
     conditions = result["benchmarks"][0]["extra_info"]["conditions"] | {"threads": 4}
     scaled.write_text(json.dumps(SCALED | {"conditions": conditions, "left_out": []}))
     profiled.write_text(json.dumps(PROFILED | {"conditions": conditions}))
-    arguments = [str(RESULTS / "torch-2.13.0.json"), str(scaled), str(profiled)]
+    arguments = [str(RESULT), str(scaled), str(profiled)]
     assert report.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     (folder,) = (tmp_path / "out").iterdir()
     drawn = ("steps", "peers", "roofline", "memory", "scaling", "timeline")
@@ -123,15 +125,14 @@ def test_report_draws_beside_the_result(
 def test_whole_trainings_come_behind_the_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result, cost = RESULTS / "torch-2.13.0.json", RESULTS / "cost.json"
     run = {"way": "R1", "distance": 20.0, "precision": 0.5, "recall": 0.25}
     tricks = tmp_path / "tricks.json"
     tricks.write_text(json.dumps({
         "kind": "tricks", "command": "abacus", "left_out": [],
-        "conditions": json.loads(cost.read_text())["conditions"],
+        "conditions": json.loads(COST.read_text())["conditions"],
         "runs": [run | {"images_per_second": speed} for speed in (10.0, 30.0)],
     }))  # fmt: skip
-    arguments = [str(result), str(cost), str(tricks), "--out", str(tmp_path / "out")]
+    arguments = [str(RESULT), str(COST), str(tricks), "--out", str(tmp_path / "out")]
     assert report.main(arguments) == 0
     assert "| pygan --fused | 3 |" in capsys.readouterr().out.partition("Networks as scripts")[0]
     (page,) = tmp_path.glob("out/*/tricks.md")
