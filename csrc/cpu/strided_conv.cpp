@@ -119,26 +119,26 @@ struct Window {
   }
 };
 
-// Places of a tile: every one of them, or a subgrid of the big map's.
-struct Places {
-  int64_t size;  // of the tile
+// Pixels of a tile of `size` x `size`: all of them, or a subgrid's.
+struct TilePixels {
+  int64_t size;
   int y, x, step;
 };
 
 // Asks for the pixels that the tile after the next brings: its windows jump between rows of the
 // map, which the hardware does not follow.
 template <class T>
-void prefetch_tile(const Operand<T>& from, const Tiles& tiles, int64_t tile, Places places) {
+void prefetch_tile(const Operand<T>& from, const Tiles& tiles, int64_t tile, TilePixels pixels) {
   tile += 2;
   if (tile >= tiles.count) return;
   const Tiles::Place at = tiles.place(tile);
   const Map& of = from.map;
-  const int64_t top = at.y * places.size, left = at.x * places.size;
-  const int64_t height = std::min(places.size, of.height - top);
-  const int64_t width = std::min(places.size, of.width - left);
+  const int64_t top = at.y * pixels.size, left = at.x * pixels.size;
+  const int64_t height = std::min(pixels.size, of.height - top);
+  const int64_t width = std::min(pixels.size, of.width - left);
   const int64_t bytes = of.channels * static_cast<int64_t>(sizeof(T));
-  for (int64_t i = places.y; i < height; i += places.step) {
-    for (int64_t j = places.x; j < width; j += places.step) {
+  for (int64_t i = pixels.y; i < height; i += pixels.step) {
+    for (int64_t j = pixels.x; j < width; j += pixels.step) {
       const int64_t pixel = (at.image * of.height + top + i) * of.width + left + j;
       const char* first = reinterpret_cast<const char*>(from.values + pixel * of.channels);
       for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(first + b);
