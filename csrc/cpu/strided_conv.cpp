@@ -65,6 +65,19 @@ class Scratch {
   int64_t used_ = 0;
 };
 
+// Of scratch of one of the teams of Product or Gradient.
+template <class Pass>
+int64_t team_bytes(const Pass& pass) {
+  Scratch pieces(nullptr);
+  pass.carve(pieces);
+  return pieces.used();
+}
+
+template <class Pass>
+int64_t scratch_bytes(const Pass& pass) {
+  return pass.teams * team_bytes(pass);
+}
+
 struct Map {
   int64_t height, width, channels;
 };
@@ -317,12 +330,6 @@ struct Product {
             scratch.floats((by_columns ? 1 : threads) * planes_floats()),
             scratch.floats(threads * made_floats())};
   }
-  int64_t team_bytes() const {
-    Scratch pieces(nullptr);
-    carve(pieces);
-    return pieces.used();
-  }
-  int64_t scratch_bytes() const { return teams * team_bytes(); }
 
   // Tap of the 4x4 kernel along one dimension: the t-th of two that phase or subgrid `set` uses.
   static int tap(int set, int t) { return Up ? 3 - set - 2 * t : set + 2 * t; }
@@ -527,7 +534,7 @@ struct Product {
 
   void run(const T* values, const MapNorm& norm, const float* weight, const float* bias, T* output,
            void* scratch) const {
-    const int64_t bytes = team_bytes();
+    const int64_t bytes = team_bytes(*this);
     parallel_for(teams, teams, [&](int64_t team) {
       Scratch pieces(static_cast<char*>(scratch) + team * bytes);
       const Buffers buffers = carve(pieces);
@@ -666,12 +673,6 @@ struct Gradient {
   }
   // Whether the sums need not be added up or turned over.
   bool in_place() const { return teams == 1 && shape.weight_layout == Layout::channels_last; }
-  int64_t team_bytes() const {
-    Scratch pieces(nullptr);
-    carve(pieces);
-    return pieces.used();
-  }
-  int64_t scratch_bytes() const { return teams * team_bytes(); }
 
   // Rows of kPerWord tiles, from `tile` on, into one word of every plane.
   template <class Line, class WindowAt>
@@ -784,7 +785,7 @@ struct Gradient {
            void* scratch) const {
     const bool norm_of_small = shape.normalized == ConvMap::small;
     const bool turned = shape.weight_layout != Layout::channels_last;
-    const int64_t bytes = team_bytes();
+    const int64_t bytes = team_bytes(*this);
     const auto buffers_of = [&](int64_t team) {
       Scratch pieces(static_cast<char*>(scratch) + team * bytes);
       Buffers buffers = carve(pieces);
@@ -892,9 +893,9 @@ int64_t strided_conv_scratch(const StridedConvShape& s, ConvPass pass) {
   return with_type_and_tile(s, [&](auto type, auto tile) {
     using T = decltype(type);
     constexpr int M = decltype(tile)::value;
-    if (pass == ConvPass::up) return Product<T, M, true>(s).scratch_bytes();
-    if (pass == ConvPass::down) return Product<T, M, false>(s).scratch_bytes();
-    return Gradient<T, M>(s).scratch_bytes();
+    if (pass == ConvPass::up) return scratch_bytes(Product<T, M, true>(s));
+    if (pass == ConvPass::down) return scratch_bytes(Product<T, M, false>(s));
+    return scratch_bytes(Gradient<T, M>(s));
   });
 }
 
