@@ -72,10 +72,17 @@ def open_npz(path: Path) -> ImageList:
                     f"{archive.files}; call the one with the images 'images'"
                 )
             name = stacks[0]
-        images = archive[name]
+        images = _member(archive, name)
         beside = _NPZ_NAMES.get(name, "labels")
-        labels = archive[beside] if beside in archive.files else None
+        labels = _member(archive, beside) if beside in archive.files else None
     return image_list(images, _checked_labels(labels, images, path.name), path.name)
+
+
+def _member(archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    found = archive[name]
+    if not isinstance(found, np.ndarray):  # numpy gives the bytes of what is no .npy file
+        raise ValueError(f"its {name!r} is not an array")
+    return found
 
 
 def open_idx(path: Path) -> ImageList:
