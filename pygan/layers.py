@@ -106,7 +106,7 @@ def show(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def take_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """A forward pre-hook of the module that was fused: operations on its maps are taken over."""
-    resting = None if torch.compiler.is_compiling() else vars(module).get("_resting")
+    resting = None if torch.compiler.is_dynamo_compiling() else vars(module).get("_resting")
     if resting is not None and resting.begin(module, args):
         return None
     result = _taken(module, args)

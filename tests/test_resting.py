@@ -175,6 +175,92 @@ def test_fused_again(network: Network) -> None:
     assert network.seen == [(True, True)]
 
 
+def hooked(network: Network) -> tuple[bool, bool]:
+    """Whether the module itself has its two hooks."""
+    return bool(network._forward_pre_hooks), bool(network._forward_hooks)
+
+
+def test_where_all_rest_the_module_has_no_hooks_either(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(network, SMALL)
+    settle(network, LARGE)
+    seen: list[tuple[bool, bool]] = []
+    call = Network.forward
+    monkeypatch.setattr(
+        Network, "forward", lambda self, x: (seen.append(hooked(self)), call(self, x))[1]
+    )
+    for batch in (SMALL, LARGE, SMALL):
+        network(images(batch))
+        assert hooked(network) == (True, True)
+    network.fails = True
+    with pytest.raises(RuntimeError, match="on purpose"):
+        network(images(SMALL))
+    assert seen == [(False, False), (True, True), (False, False), (False, False)]
+    assert hooked(network) == fused(network) == (True, True)
+
+
+def test_others_of_the_class_are_called_as_they_were(network: Network) -> None:
+    settle(network, SMALL)
+    plain = Network()
+    plain.load_state_dict(network.state_dict())
+    x = images(LARGE)
+    torch.testing.assert_close(plain(x), network(x))
+    assert plain.seen == [(False, False)]
+    pygan.fuse(plain)
+    plain(x)
+    assert plain.seen.pop() == (True, True)
+
+
+def test_hooks_of_the_users_on_the_module_run(network: Network) -> None:
+    settle(network, SMALL)
+    seen: list[str] = []
+    network.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    network.register_forward_hook(lambda module, args, output: seen.append(type(output).__name__))
+    before = list(network._forward_pre_hooks), list(network._forward_hooks)
+    network(images(SMALL))
+    assert seen == ["before", "Tensor"]
+    assert (list(network._forward_pre_hooks), list(network._forward_hooks)) == before
+
+
+def test_a_call_that_loses_its_hook_to_another_still_gives_a_plain_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(x))
+
+    monkeypatch.setattr(pending, "LEAST_ELEMENTS", 4 * 8 * 8 * 4)
+    given = []
+    for call in (Normed._call_impl, Normed.__call__):
+        module = Normed()
+        pygan.fuse(module)
+        for _ in range(CALLS):
+            module(images(SMALL))
+        module._forward_hooks.clear()  # as a call at rest in another thread does
+        given.append(type(call(module, images(LARGE))))
+    assert given[0] is not Tensor
+    assert given[1] is Tensor
+
+
+@pytest.mark.parametrize("way", ["compile", "trace"])
+def test_recorded_at_rest(network: Network, way: str) -> None:
+    network.eval()
+    settle(network, SMALL)
+    x = images(SMALL)
+    expected = network(x)
+    if way == "compile":
+        recorded = torch.compile(network.requires_grad_(False), backend="eager")
+    else:
+        recorded = torch.jit.trace(network, x, check_trace=False)
+    torch.testing.assert_close(recorded(x), expected)
+    assert fused(network) == hooked(network) == (True, True)
+
+
 @pytest.mark.parametrize(
     "labels", [torch.eye(SMALL).to_sparse(), nn.Parameter(torch.eye(SMALL))], ids=["sparse", "leaf"]
 )

@@ -65,29 +65,23 @@ def choose(operation: str, impl: str, candidates: Sequence[tuple[str, Support]])
     return impl
 
 
-def _variable(name: str) -> Callable[[], str | None]:
-    """Reads an environment variable as ``os.environ.get`` does. That raises and catches for one
+def _variable(name: str) -> Callable[[], str | bytes | None]:
+    """Reads an environment variable, encoded or not. ``os.environ.get`` raises and catches for one
     that is not set, which behind a convolution takes microseconds; its dict does not."""
     environ: Any = os.environ
     try:
-        values, key = environ._data, environ.encodekey(name)
+        return functools.partial(environ._data.get, environ.encodekey(name))
     except AttributeError:  # another Python
-        return lambda: os.environ.get(name)
-
-    def read() -> str | None:
-        value = values.get(key)
-        return None if value is None else os.fsdecode(value)
-
-    return read
+        return functools.partial(environ.get, name)
 
 
-_wish = _variable("PYGAN_IMPL")
+encoded_wish = _variable("PYGAN_IMPL")
 
 
 def wished() -> str:
     """What ``PYGAN_IMPL`` names, else "auto"."""
-    value = _wish()
-    return "auto" if value is None else value
+    value = encoded_wish()
+    return "auto" if value is None else os.fsdecode(value)
 
 
 def always() -> None:

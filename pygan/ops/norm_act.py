@@ -47,11 +47,11 @@ from pygan.ops.native import ACTIVATIONS
 from pygan.ops.wanted import wanted_gradients
 
 
-class _Context(threading.local):
+class _Grouping(threading.local):
     groups = 1
 
 
-_context = _Context()
+grouping = _Grouping()
 
 
 @contextlib.contextmanager
@@ -59,16 +59,16 @@ def batch_groups(count: int) -> Iterator[None]:
     """Inside, every fused batch norm in this thread takes its statistics in ``count`` equal runs
     of the batch, so that one call on several batches equals one call for each."""
     before = current_groups()
-    _context.groups = count
+    grouping.groups = count
     try:
         yield
     finally:
-        _context.groups = before
+        grouping.groups = before
 
 
 def current_groups() -> int:
     """Groups that fused modules use now: 1 outside ``batch_groups``."""
-    return _context.groups
+    return grouping.groups
 
 
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
