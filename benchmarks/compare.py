@@ -3,7 +3,8 @@
 ``python -m benchmarks.compare OLD.json NEW.json`` compares results of
 ``pytest benchmarks --benchmark-json``. Seconds of two runs say little about a change where the
 machine drifts, so a side is measured by its speed relative to a side of its own run that is not
-pygan; the interval of old and new together holds both of theirs.
+pygan; the interval of old and new together holds both of theirs. "memory" is the rate of copies
+beside the case, new over old: on a shared machine it tells whether that was the same one.
 
 ``python -m benchmarks.compare --against REV`` builds that revision in a worktree of its own and
 times the steps of both trees in turn, in two processes of which one waits: ratios of the same
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,24 +36,32 @@ from pygan.errors import UserError
 PROG = "python -m benchmarks.compare"
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 0.03
+STATE = 1.2  # times as fast a memory is another state of the machine
 ROUNDS = 15
 WORKER = Path(__file__).with_name("compare_worker.py")
 
 
 class Change(NamedTuple):
-    """Speed of the new one over the old one, with an interval of at least 95%."""
+    """Speed of the new one over the old one, with an interval of at least 95%, and that of the
+    machine's memory beside it where both results tell."""
 
     case: str
     side: str
     speed: float
     low: float
     high: float
+    memory: float | None = None
 
     def verdict(self, tolerance: float) -> str:
         """ "slower" and "faster" where the whole interval is beyond the tolerance."""
         if self.high < 1 - tolerance:
             return "slower"
         return "faster" if self.low > 1 + tolerance else "not told apart"
+
+    @property
+    def moved(self) -> bool:
+        """Whether the machine was in another state."""
+        return self.memory is not None and not 1 / STATE < self.memory < STATE
 
 
 def _sides(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -61,6 +71,12 @@ def _sides(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
         for record in every
         if not record["baseline"] and record["ratios"]
     }
+
+
+def _memory(old: dict[str, Any], new: dict[str, Any]) -> float | None:
+    if "copy_gb_per_s" not in old or "copy_gb_per_s" not in new:
+        return None
+    return statistics.mean(new["copy_gb_per_s"]) / statistics.mean(old["copy_gb_per_s"])
 
 
 def changes(
@@ -78,9 +94,8 @@ def changes(
         # The steadiest of them: its interval decides how small a change can be seen.
         name = min(common, key=lambda n: theirs[n]["high"] / theirs[n]["low"])
         a, b = theirs[name], ours[name]
-        found.append(
-            Change(*key, b["median"] / a["median"], b["low"] / a["high"], b["high"] / a["low"])
-        )
+        speed = b["median"] / a["median"], b["low"] / a["high"], b["high"] / a["low"]
+        found.append(Change(*key, *speed, _memory(before[key], after[key])))
     return sorted(found), sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
 
 
@@ -91,17 +106,23 @@ def table(found: Sequence[Change], tolerance: float) -> list[str]:
             f"{change.case}, {change.side}",
             f"{change.speed:.3f}",
             f"{change.low:.3f}–{change.high:.3f}",
+            "–" if change.memory is None else f"{change.memory:.2f}",
             change.verdict(tolerance),
         ]
         for change in sorted(found, key=lambda change: change.speed)
     ]
-    return markdown_table(["case, side", "new / old", "interval", "verdict"], rows)
+    return markdown_table(["case, side", "new / old", "interval", "memory", "verdict"], rows)
 
 
 def _status(found: Sequence[Change], tolerance: float) -> int:
     slower = [change for change in found if change.verdict(tolerance) == "slower"]
     if slower:
         print(f"\n{len(slower)} of {len(found)} are slower by more than {tolerance:.0%}")
+        if moved := sum(change.moved for change in slower):
+            print(
+                f"beside {moved} of them memory was over {STATE - 1:.0%} slower or faster than "
+                "before: the machine was in another state"
+            )
     return 1 if slower else 0
 
 

@@ -25,6 +25,7 @@ PRECISION = {"off": "fp32", "bf16": "bf16"}  # of each value of ``amp``
 GEMM_SIZE = 2048
 EMULATED_GEMM_SIZE = 256  # where a product of the other size would take minutes
 COPY_BYTES = 256 * 2**20
+STATE_BYTES = 64 * 2**20  # of a copy that tells in what state a CPU is, in some 20 ms
 ENERGY_SECONDS = 2.0
 # A GPU is that much faster than a CPU, and a clock reading costs it a wait.
 GPU_GEMM, GPU_COPY, GPU_CALLS = 4, 8, 5
@@ -140,12 +141,15 @@ def measure_peaks(device: torch.device, repeats: int = 5) -> dict[str, float]:
             tried = [_product(GPU_GEMM * GEMM_SIZE, dtype, device)]
         rates = [1e-9 * flops / _fastest(work, device, repeats) for work, flops in tried]
         peaks[f"gflops_{precision}"] = max(rates)
-    copied = COPY_BYTES if on_cpu else GPU_COPY * COPY_BYTES
-    source = torch.ones(copied // 4, device=device)
-    target = torch.empty_like(source)
-    seconds = _fastest(lambda: target.copy_(source), device, repeats)
-    peaks["gb_per_s"] = 2e-9 * copied / seconds
+    peaks["gb_per_s"] = copy_rate(device, COPY_BYTES if on_cpu else GPU_COPY * COPY_BYTES, repeats)
     return peaks
+
+
+def copy_rate(device: torch.device, size: int = STATE_BYTES, repeats: int = 2) -> float:
+    """GB/s of the fastest of ``repeats`` copies of ``size`` bytes: those read and those written."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2e-9 * size / _fastest(lambda: target.copy_(source), device, repeats)
 
 
 def _status_bytes(field: str) -> int:

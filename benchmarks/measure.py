@@ -237,6 +237,7 @@ class Session:
         self.device = device
         self._selected = set(selected)
         self._results: dict[str, dict[str, Samples] | BaseException] = {}
+        self._memory: dict[str, list[float]] = {}  # GB/s before and after a case
         self._peaks: dict[str, float] = {}
         self._peaks_taken = -math.inf
         self.conditions = machine.conditions(device)
@@ -259,7 +260,9 @@ class Session:
         if case.name not in self._results:
             try:
                 self.peaks()
+                before = machine.copy_rate(self.device)
                 self._results[case.name] = measure(case, self.sides(case), self.plan, self.device)
+                self._memory[case.name] = [before, machine.copy_rate(self.device)]
             except Exception as error:
                 self._results[case.name] = error
         result = self._results[case.name]
@@ -268,9 +271,13 @@ class Session:
         return result
 
     def record(self, case: Case, side: Side) -> dict[str, Any]:
-        """Everything about one side, for ``extra_info``."""
+        """Everything about one side, for ``extra_info``.
+
+        The rate of copies before and after the case tells two states of a virtual machine apart,
+        whose host may move it: between cores that share a cache and others, say."""
         return {
             **describe(case, side, self.samples(case), self._peaks),
+            "copy_gb_per_s": self._memory[case.name],
             "peaks": self._peaks,
             "conditions": self.conditions,
         }

@@ -281,7 +281,11 @@ def test_a_missing_side_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "measure_peaks", lambda device, repeats: PEAKS)
     session = measure.Session([(case.name, side.id) for side in case.sides], measure.QUICK, CPU)
     assert [side.name for side in session.sides(case)] == ["plain"]
-    assert session.record(case, case.side("plain"))["layer"] == "64→3"
+    rates = iter([30.0, 60.0])
+    monkeypatch.setattr(machine, "copy_rate", lambda device: next(rates))
+    record = session.record(case, case.side("plain"))
+    assert record["layer"] == "64→3"
+    assert record["copy_gb_per_s"] == [30.0, 60.0]
     assert set(calls) == {"plain"}
 
 

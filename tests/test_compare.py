@@ -14,7 +14,9 @@ from benchmarks.compare import ROOT, Change, Worker, changes, interleaved, main
 from pygan.cli import Failure
 
 
-def record(case: str, side: str, ratio: tuple[float, float, float] | None) -> dict[str, Any]:
+def record(
+    case: str, side: str, ratio: tuple[float, float, float] | None, **more: Any
+) -> dict[str, Any]:
     median, low, high = ratio or (1.0, 1.0, 1.0)
     interval = {"median": median, "low": low, "high": high, "coverage": 0.96}
     return {
@@ -23,6 +25,7 @@ def record(case: str, side: str, ratio: tuple[float, float, float] | None) -> di
             "side": side,
             "baseline": ratio is None,
             "ratios": {"eager fp32": interval},
+            **more,
         }
     }
 
@@ -53,6 +56,29 @@ def test_relative_to_a_side_of_the_same_run() -> None:
 )
 def test_verdicts_need_the_whole_interval(low: float, high: float, verdict: str) -> None:
     assert Change("step", "side", (low + high) / 2, low, high).verdict(0.03) == verdict
+
+
+def test_another_state_of_the_machine_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for name, speed, rates in (("old", 2.0, [30.0, 34.0]), ("new", 1.5, [62.0, 66.0])):
+        side = record("step", "a", (speed, speed, speed), copy_gb_per_s=rates)
+        paths.append(tmp_path / name)
+        paths[-1].write_text(json.dumps({"benchmarks": [record("step", "eager fp32", None), side]}))
+    assert main([str(path) for path in paths]) == 1
+    said = capsys.readouterr().out
+    assert "| step, a | 0.750 | 0.750–0.750 | 2.00 | slower |" in said
+    assert "beside 1 of them memory was over 20% slower or faster" in said
+    assert main([str(paths[0])] * 2) == 0
+    assert "| 1.00 | not told apart |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("memory", "moved"), [(None, False), (1.0, False), (1.19, False), (1.21, True), (0.8, True)]
+)
+def test_what_another_state_is(memory: float | None, moved: bool) -> None:
+    assert Change("step", "side", 1.0, 1.0, 1.0, memory).moved == moved
 
 
 @pytest.fixture
