@@ -234,11 +234,12 @@ class TestBuild:
         assert len(objects) >= 3
         for path in objects:
             isa = re.search(r"pygan_(avx\w+)\.dir", str(path))[1]
-            command = ["nm", "--demangle", "--defined-only", str(path)]
+            command = ["nm", "--defined-only", str(path)]
             symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             shared = [line.split(maxsplit=2)[1:] for line in symbols.splitlines()]
             outside = [name for kind, name in shared if not kind.islower() or kind in "uvw"]
-            assert [name for name in outside if f"pygan::{isa}::" not in name] == []
+            # pygan::<isa> as compilers write it: what names lambdas no tool writes out.
+            assert [name for name in outside if f"5pygan{len(isa)}{isa}" not in name] == []
 
 
 def build(sources: Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

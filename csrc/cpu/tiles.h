@@ -10,12 +10,14 @@
 #include "cpu/winograd.h"
 
 namespace pygan::PYGAN_ISA_NS {
+// Every file has its own, so that what is called once is inlined.
+namespace {
 
 constexpr int64_t kLine = 16;  // floats of a cache line
 
 // Floats from one row of `words` to the next: whole lines, and one more, so that the rows of a
 // block do not fall on the same lines of the cache.
-inline int64_t row_stride(int64_t words) { return round_up(words, kLine) + kLine; }
+int64_t row_stride(int64_t words) { return round_up(words, kLine) + kLine; }
 
 // Neighbours in the sum that share a word: channels, in weight_grad tiles.
 template <class T>
@@ -66,10 +68,8 @@ struct Map {
   int64_t height, width, channels;
 };
 
-inline Map small_map(const StridedConvShape& s) { return {s.height, s.width, s.small_channels}; }
-inline Map big_map(const StridedConvShape& s) {
-  return {s.big_height, s.big_width, s.big_channels};
-}
+Map small_map(const StridedConvShape& s) { return {s.height, s.width, s.small_channels}; }
+Map big_map(const StridedConvShape& s) { return {s.big_height, s.big_width, s.big_channels}; }
 
 // A tile is M x M places of the small map; of `up`, where the big map may have one row more than
 // twice the small one, of the places that the big map covers.
@@ -214,4 +214,5 @@ inline void for_row_blocks(int64_t rows, const Body& body) {
   }
 }
 
+}  // namespace
 }  // namespace pygan::PYGAN_ISA_NS
