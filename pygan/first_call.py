@@ -28,8 +28,8 @@ from pygan.fuse import fuse
 from pygan.layers import enter, hand_out, is_own_hook, show, take_in
 from pygan.ops.binary_cross_entropy import binary_cross_entropy
 from pygan.pending import Readers, plain
+from pygan.resting import SLOT
 
-_SLOT = "_compiled_call_impl"
 _NO_LAYERS = ("container", "module", "transformer")  # of torch.nn.modules
 _HOLD_MODULES = (
     nn.MultiheadAttention,
@@ -257,7 +257,7 @@ def _why_not(module: nn.Module, devices: set[str]) -> str | None:
             return "left: it is a script of torch.jit"
         if isinstance(layer, torch.fx.GraphModule):
             return "left: it is a graph of torch.fx"
-        if kind.__module__.startswith("torch._dynamo") or vars(layer).get(_SLOT) is not None:
+        if kind.__module__.startswith("torch._dynamo") or vars(layer).get(SLOT) is not None:
             return "left: it is compiled by torch"
         if kind.__module__.startswith("torch.distributed"):
             return f"left: it holds a {kind.__name__}"

@@ -15,19 +15,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from pygan.layers import enter, hand_out, take_in
-from pygan.ops.dispatch import encoded_wish
-from pygan.ops.norm_act import grouping
 from pygan.pending import MOST_LEFT, TRIES, Readers, plain
-from pygan.sequential import FusedSequential
+from pygan.sequential import FusedSequential, modes
 
 CALLS = TRIES + 2  # after which it is settled which layers are left to torch
 
-_SLOT = "_compiled_call_impl"
+SLOT = "_compiled_call_impl"
 _set = object.__setattr__  # nn.Module's looks for parameters first
 
 _Place = tuple[dict[int, Any], int, Any]  # hooks of a layer, a key, and the hook that it stands for
@@ -130,9 +127,9 @@ def _places(hooks: dict[int, Any], wanted: Any) -> list[_Place]:
 def _asks_first(kind: type[nn.Module]) -> bool:
     """Whether calls of such modules come to :func:`_called` from now on. Those of Sequentials do
     not, of which a network may hold many."""
-    if issubclass(kind, nn.Sequential) or getattr(kind, _SLOT, _called) not in (None, _called):
+    if issubclass(kind, nn.Sequential) or getattr(kind, SLOT, _called) not in (None, _called):
         return False
-    setattr(kind, _SLOT, _called)
+    setattr(kind, SLOT, _called)
     return True
 
 
@@ -160,24 +157,21 @@ def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _is_free(kind: _Kind) -> bool:
     """Whether all that may rest is fused now and has no hook of the user's, which would come first
     when the other is back."""
-    for hooks, _, _ in kind.all_hooks:  # loops, which call no function
+    for hooks, _, _ in kind.all_hooks:
         if len(hooks) != 1:
             return False
-    for layer in kind.sequentials:
+    for layer in kind.sequentials:  # noqa: SIM110 - a loop calls no generator, and every call asks
         if type(layer) is not FusedSequential:
-            break
-    else:
-        return True
-    return False
+            return False
+    return True
 
 
 def _key_of(args: tuple[Any, ...]) -> Any:
     """What the layers' inputs follow from, as far as a call tells; None where it tells nothing.
 
-    Every call asks, and behind a convolution each function takes some ten times as long as in a
-    loop of its own: the name of a device alone took 25 of 3,000 microseconds. Two inputs of one key
-    may differ in more, as a sparse one and a dense do, for layers at rest are right for any."""
-    kinds: list[Any] = [encoded_wish(), grouping.groups, torch._C._is_any_autocast_enabled()]
+    Two inputs of one key may differ in more, as a sparse one and a dense do: layers at rest are
+    right for any."""
+    kinds: list[Any] = []
     try:
         for x in args:
             if type(x) is Tensor:
@@ -186,4 +180,4 @@ def _key_of(args: tuple[Any, ...]) -> Any:
                 return None
     except RuntimeError:  # it has no order of memory
         return None
-    return tuple(kinds) if len(kinds) > 3 else None
+    return (*modes(), *kinds) if kinds else None
