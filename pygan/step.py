@@ -304,6 +304,7 @@ class _Step:
             "updates": self.updates,
             "of_g": self._of_g,
             "ema": None if self.ema is None else self.ema.network.state_dict(),
+            "ema_updates": None if self.ema is None else self.ema.updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -315,6 +316,8 @@ class _Step:
         self._of_g = (loss, probability)
         if self.ema is not None and state["ema"] is not None:
             self.ema.network.load_state_dict(state["ema"])
+            # A state without it is of an average that kept one share from the first update.
+            self.ema.updates.fill_(float(state.get("ema_updates", torch.inf)))
 
 
 def _plain(network: nn.Module) -> nn.Module:

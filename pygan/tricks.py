@@ -71,10 +71,16 @@ class Tricks:
 class Ema:
     """The exponential moving average of a network, buffers included: a ready network, in eval mode.
 
+    Early updates forget faster, so that a short run's average is not mostly of its beginning: after
+    n of them ``min(decay, (1 + n) / (10 + n))`` is kept, as TensorFlow's ExponentialMovingAverage
+    does where it is told n.
+
     Attributes:
         network: what is averaged so far; it begins as a copy.
-        decay: what is kept of it in each update; parameters and floating buffers follow as
-            ``average = decay * average + (1 - decay) * network``, other buffers are copied.
+        decay: what is kept of it in each update, in the end; parameters and floating buffers follow
+            as ``average = decay * average + (1 - decay) * network``, other buffers are copied.
+        updates: float32 ``[]`` on the network's device, how many there were; infinite without
+            ``warm_up``, where ``decay`` is kept from the first.
 
     Raises:
         UserError: a decay outside [0, 1).
@@ -82,11 +88,12 @@ class Ema:
     Source: Yazici et al. 2018, arXiv:1806.04498.
     """
 
-    def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
+    def __init__(self, network: nn.Module, decay: float = 0.999, *, warm_up: bool = True) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"decay is {decay}; give one from 0 to below 1")
         self.decay = decay
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.updates = torch.tensor(0.0 if warm_up else torch.inf)
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
@@ -103,4 +110,15 @@ class Ema:
                 values.append(value)
             else:
                 average.copy_(value)
-        torch._foreach_lerp_(averages, values, 1 - self.decay)
+        device = averages[0].device
+        if self.updates.device != device:
+            self.updates = self.updates.to(device)
+        taken = (9 / (10 + self.updates)).clamp_min(1 - self.decay)
+        self.updates.add_(1)
+        if device.type == "cpu":
+            torch._foreach_lerp_(averages, values, taken.item())
+            return
+        # A CUDA graph repeats what is read on the device.
+        steps = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(steps, taken)
+        torch._foreach_add_(averages, steps)

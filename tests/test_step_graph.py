@@ -114,7 +114,8 @@ class StandIn:
     def _tensors(self) -> list[Tensor]:
         step = self.step
         found = [*step.G.state_dict().values(), *step.D.state_dict().values()]
-        found += [] if step.ema is None else step.ema.network.state_dict().values()
+        if step.ema is not None:
+            found += [*step.ema.network.state_dict().values(), step.ema.updates]
         for optimizer in (step.opt_g, step.opt_d):
             found += [v for s in optimizer.state.values() for v in s.values()]
         for scaler in (step._scaler_g, step._scaler_d):
@@ -768,6 +769,19 @@ def test_gpu_goes_on_eagerly_after_what_cannot_be_captured(
     other = gpu_step(graph="on")
     run_on_gpu(other, range(WARM_UP + 2), drawn=True)
     assert graphs_of(other) == 1
+
+
+@pytest.mark.gpu
+def test_gpu_averages_follow_in_replays_as_on_a_cpu() -> None:
+    step = gpu_step(graph="on")
+    step.ema = pygan.Ema(step.G, 0.7)
+    expected = pygan.Ema(copy.deepcopy(step.G).cpu(), 0.7)
+    for i in range(STEPS):
+        run_on_gpu(step, [i])
+        expected.update(copy.deepcopy(step.G).cpu())
+    assert graphs_of(step) == 1 and step.ema.updates.item() == STEPS
+    for name, tensor in step.ema.network.state_dict().items():
+        torch.testing.assert_close(tensor.cpu(), expected.network.state_dict()[name])
 
 
 @pytest.mark.gpu

@@ -169,7 +169,7 @@ def test_penalties_are_of_float32_under_autocast() -> None:
 def test_the_average_is_that_of_torch() -> None:
     torch.manual_seed(0)
     G, _ = dcgan(SIZE, 3, NZ, 8, 8)
-    ours = pygan.Ema(G, 0.9)
+    ours = pygan.Ema(G, 0.9, warm_up=False)
     theirs = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     # torch's takes over the first network as it is.
     theirs.update_parameters(G)
@@ -187,6 +187,19 @@ def test_the_average_is_that_of_torch() -> None:
             assert torch.equal(tensor, G.state_dict()[name])
     assert not ours.network.training
     assert not any(p.requires_grad for p in ours.network.parameters())
+
+
+def test_an_average_soon_forgets_its_beginning() -> None:
+    network = torch.nn.Linear(1, 1)
+    average = pygan.Ema(network, 0.8)
+    expected = network.weight.item()
+    for n in range(50):
+        with torch.no_grad():
+            network.weight.fill_(n)
+        average.update(network)
+        kept = min(0.8, (1 + n) / (10 + n))
+        expected = kept * expected + (1 - kept) * n
+        assert average.network.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
 # In the step
@@ -311,7 +324,7 @@ def test_the_r1_penalty_comes_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_average_follows_g() -> None:
     step = _step(AdversarialStep, Tricks(n_critic=2))
-    step.ema = pygan.Ema(step.G, 0.5)
+    step.ema = pygan.Ema(step.G, 0.5, warm_up=False)
     start = [p.detach().clone() for p in step.G.parameters()]
     _run(step, 2)
     for average, before, now in zip(
@@ -335,6 +348,9 @@ def test_a_step_goes_on_where_it_was() -> None:
     assert _run(whole, 3) == _run(other, 3) != expected
     for a, b in zip(whole.ema.network.parameters(), other.ema.network.parameters(), strict=True):
         assert torch.equal(a, b)
+    del state["ema_updates"]
+    other.load_state_dict(state)
+    assert other.ema.updates.isinf()
 
 
 @pytest.mark.parametrize(
