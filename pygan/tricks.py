@@ -79,8 +79,8 @@ class Ema:
         network: what is averaged so far; it begins as a copy.
         decay: what is kept of it in each update, in the end; parameters and floating buffers follow
             as ``average = decay * average + (1 - decay) * network``, other buffers are copied.
-        updates: float32 ``[]`` on the network's device, how many there were; infinite without
-            ``warm_up``, where ``decay`` is kept from the first.
+        updates: float32 ``[]``, how many there were; infinite without ``warm_up``, where ``decay``
+            is kept from the first.
 
     Raises:
         UserError: a decay outside [0, 1).
