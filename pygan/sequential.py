@@ -263,11 +263,9 @@ def _statistics(norm: nn.Module) -> _Statistics:
 
 def _moments_for(runs: list[Run], layers: list[nn.Module], at: int, x: Tensor) -> Moments | None:
     """What the convolution of run ``at`` on x's batch is to tell the batch norm behind it; None
-    where there is none, it does not ask, or no kernel tells, which only a GPU's do."""
+    where there is none, or it does not ask."""
     _, _, activation = runs[at]
     if activation is not None or at + 1 == len(runs) or runs[at + 1][1] != "norm":
-        return None
-    if not gpu.holds(x):
         return None
     by_batch, _, groups, apart = _statistics(layers[runs[at + 1][0]])
     return Moments(groups) if by_batch and not apart and x.shape[0] % groups == 0 else None
