@@ -79,8 +79,8 @@ class Ema:
         network: what is averaged so far; it begins as a copy.
         decay: what is kept of it in each update, in the end; parameters and floating buffers follow
             as ``average = decay * average + (1 - decay) * network``, other buffers are copied.
-        updates: float32 ``[]``, how many there were; infinite without ``warm_up``, where ``decay``
-            is kept from the first.
+        updates: float32 ``[]`` on the network's device, how many there were; infinite without
+            ``warm_up``, where ``decay`` is kept from the first.
 
     Raises:
         UserError: a decay outside [0, 1).
@@ -93,7 +93,8 @@ class Ema:
             raise UserError(f"decay is {decay}; give one from 0 to below 1")
         self.decay = decay
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
-        self.updates = torch.tensor(0.0 if warm_up else torch.inf)
+        device = next((p.device for p in self.network.parameters()), None)
+        self.updates = torch.tensor(0.0 if warm_up else torch.inf, device=device)
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
@@ -111,8 +112,7 @@ class Ema:
             else:
                 average.copy_(value)
         device = averages[0].device
-        if self.updates.device != device:
-            self.updates = self.updates.to(device)
+        self.updates = self.updates.to(device)  # the same tensor unless the network was moved
         taken = (9 / (10 + self.updates)).clamp_min(1 - self.decay)
         self.updates.add_(1)
         if device.type == "cpu":
