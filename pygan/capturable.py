@@ -34,14 +34,53 @@ def why_not_capturable(networks: Named, optimizers: Named, *, scaled: bool = Fal
     Args:
         scaled: whether gradients are scaled for float16.
     """
+    if (reason := _why_not_hooks(networks, optimizers)) is not None:
+        return reason
+    for name, optimizer in optimizers:
+        if (reason := _why_not_optimizer(name, optimizer, scaled)) is not None:
+            return reason
+    return None
+
+
+def why_not_repeatable(networks: Named, optimizers: Named, *, any_code: bool = False) -> str | None:
+    """Why a step on a CPU cannot be a program, as :func:`why_not_capturable` tells of a graph.
+
+    Args:
+        any_code: whether networks may have code that is neither torch's nor pygan's: it is not run
+            any more, which only their owner knows to be right.
+    """
+    if (reason := _why_not_hooks(networks, optimizers)) is not None:
+        return reason
+    held = {id(p) for _, o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, network in networks:
+        for path, parameter in network.named_parameters(prefix=name):
+            if parameter.requires_grad and id(parameter) not in held:
+                return f"no optimizer has {path}, whose gradient every step adds to"
+        for path, module in network.named_modules(prefix=name):
+            if not any_code and (code := _code_of(module)) is not None:
+                return f"{path} runs {code}, which a program would not; graph='on' allows that"
+    return None
+
+
+def _code_of(module: nn.Module) -> str | None:
+    """Code of a module that is neither torch's nor pygan's."""
+    if "forward" in vars(module):
+        return "a forward of its own"
+    kind = type(module)
+    ours = kind.__module__.split(".")[0] in ("torch", __package__)
+    return None if ours else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _why_not_hooks(networks: Named, optimizers: Named) -> str | None:
     if globally_hooked():
         return "there are global module hooks, which a graph would not call"
     for name, network in networks:
         if (reason := _why_not_network(name, network)) is not None:
             return reason
     for name, optimizer in optimizers:
-        if (reason := _why_not_optimizer(name, optimizer, scaled)) is not None:
-            return reason
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            title = f"{name} ({type(optimizer).__name__})"
+            return f"{title} has a hook, which a graph would not call"
     return None
 
 
@@ -68,8 +107,6 @@ def _is_users(hook: Any) -> bool:
 
 def _why_not_optimizer(name: str, optimizer: torch.optim.Optimizer, scaled: bool) -> str | None:
     title = f"{name} ({type(optimizer).__name__})"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return f"{title} has a hook, which a graph would not call"
     if not all(group.get("capturable", True) for group in optimizer.param_groups):
         return f"{title} counts its steps for eager use; make it with capturable=True, fused=True"
     if scaled and not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -97,11 +134,15 @@ def line_of(error: BaseException | None) -> str | None:
 
 
 class PythonState:
-    """What Python holds of networks and optimizers, to be compared before and after a step."""
+    """What Python holds of networks and optimizers, to be compared before and after a step.
 
-    def __init__(self, networks: Named, optimizers: Named) -> None:
+    Args:
+        random_of_torch: whether random numbers that torch draws on the CPU count.
+    """
+
+    def __init__(self, networks: Named, optimizers: Named, *, random_of_torch: bool = True) -> None:
         self._values = dict(_of_networks(networks)) | dict(_of_optimizers(optimizers))
-        self._random = _random_states()
+        self._random = _random_states(random_of_torch)
 
     def change(self, later: PythonState) -> str | None:
         """What a graph would not repeat of what happened until ``later``, or None."""
@@ -117,9 +158,10 @@ class PythonState:
         return None
 
 
-def _random_states() -> tuple[bytes, Any, str]:
+def _random_states(of_torch: bool) -> tuple[bytes, Any, str]:
     of_numpy = np.random.get_state(legacy=False)
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(of_numpy)
+    state = torch.get_rng_state().numpy().tobytes() if of_torch else b""
+    return state, random.getstate(), repr(of_numpy)
 
 
 def _same(before: Any, after: Any) -> bool:

@@ -25,7 +25,9 @@ from pygan.memory_order import MemoryOrder
 from pygan.ops import map_memory
 from pygan.ops.norm_act import batch_groups
 from pygan.penalties import gradient_penalty, r1_penalty
-from pygan.step_graph import GraphedStep, Inputs
+from pygan.repeated_step import Inputs, RepeatedStep
+from pygan.step_graph import GraphedStep
+from pygan.step_program import ProgrammedStep
 from pygan.tricks import Ema, Tricks
 
 logger = logging.getLogger("pygan")
@@ -424,17 +426,22 @@ class AdversarialStep(_Step):
             self.merge = reason is None
             if reason is not None:
                 logger.info("D is called twice a step, because %s", reason)
-        if self.graph == "on" and self.device.type != "cuda":
+        if self.graph == "on" and self.device.type not in ("cpu", "cuda"):
             raise UserError(
-                f"graph is 'on' and the networks are on {self.device}; CUDA graphs need a CUDA "
-                "device, so give 'auto' or 'off'"
+                f"graph is 'on' and the networks are on {self.device}; a step is captured on a "
+                "CUDA device and on a CPU, so give 'auto' or 'off'"
             )
-        self._graphed: GraphedStep | None = None
+        self._graphed: RepeatedStep[Any] | None = None
         changing = self.tricks.why_changing()
         if changing is not None and self.graph == "on":
             raise UserError(f"graph is 'on' and {changing}, which no graph repeats; give 'auto'")
-        if self.graph != "off" and self.device.type == "cuda" and changing is None:
-            self._graphed = GraphedStep(self, CudaGraphs(self.device), required=self.graph == "on")
+        if self.graph == "off" or changing is not None:
+            return
+        required = self.graph == "on"
+        if self.device.type == "cuda":
+            self._graphed = GraphedStep(self, CudaGraphs(self.device), required=required)
+        elif self.device.type == "cpu":
+            self._graphed = ProgrammedStep(self, required=required)
 
     def _finish(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -28,43 +27,15 @@ from torch import Tensor
 
 from pygan.capturable import PythonState, why_not_capturable
 from pygan.cuda_graph import CaptureError
-from pygan.errors import UserError
 from pygan.pace import SAMPLE, SIZES, Pace
+from pygan.repeated_step import WARM_UP, Inputs, RepeatedStep
 
 if TYPE_CHECKING:
     from pygan.step import AdversarialStep, StepResult
 
 logger = logging.getLogger("pygan")
 
-WARM_UP = 3
-KEPT = 4
-# A graph that is captured anew all the time costs more than it saves.
-_TRIED = 8
-_REPLAYS_EACH = 8
 _NAMES = tuple(map(str, SIZES))
-
-
-class Inputs(NamedTuple):
-    """What a step is given: real images, or a set of them and which; z unless it is drawn."""
-
-    real: Tensor | None = None
-    images: Tensor | None = None
-    which: Tensor | None = None
-    flip: Tensor | None = None
-    z: Tensor | None = None
-
-    def at(self, place: int) -> Inputs:
-        """One step of several, whose images are chosen by rows ``[K, N]``."""
-        assert self.which is not None
-        flip = None if self.flip is None else self.flip[place]
-        return self._replace(which=self.which[place], flip=flip)
-
-    def run(self, first: int, count: int) -> Inputs:
-        """``count`` steps of several from ``first`` on."""
-        assert self.which is not None
-        rows = slice(first, first + count)
-        flip = None if self.flip is None else self.flip[rows]
-        return self._replace(which=self.which[rows], flip=flip)
 
 
 class Recording(Protocol):
@@ -115,6 +86,10 @@ class _Entry:
         self.size = 1  # steps of several
         self.several: _Captured | None = None
 
+    @property
+    def held(self) -> dict[str, Any] | None:
+        return None if self.captured is None else self.captured.held
+
     def close(self) -> None:
         self.close_several()
         if self.captured is not None:
@@ -127,7 +102,7 @@ class _Entry:
             self.several = None
 
 
-class GraphedStep:
+class GraphedStep(RepeatedStep[_Entry]):
     """The steps of an :class:`pygan.AdversarialStep`, by graphs.
 
     Args:
@@ -136,44 +111,24 @@ class GraphedStep:
         required: raise where a step cannot be captured, instead of staying eager.
     """
 
+    what, level = "CUDA graph", logging.WARNING
+
     def __init__(self, step: AdversarialStep, graphs: Graphs, *, required: bool = False) -> None:
-        self._step, self._graphs, self._required = step, graphs, required
-        self._networks = (("G", step.G), ("D", step.D))
-        self._optimizers = (("opt_g", step.opt_g), ("opt_d", step.opt_d))
-        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
-        self._captures = self._replays = 0
-        self._change = "the shape of the inputs"
-        self.reason: str | None = None
-        self._look()
+        super().__init__(step, required=required)
+        self._graphs = graphs
 
-    def _look(self) -> None:
-        """Takes notice of the networks' modules, parameters and buffers."""
-        self._modules = [m for _, network in self._networks for m in network.modules()]
-        self._parameters = [p for _, network in self._networks for p in network.parameters()]
-        self._tensors = [*self._parameters, *(b for m in self._modules for b in m.buffers(False))]
+    def _entry(self) -> _Entry:
+        return _Entry()
 
-    def forget(self) -> None:
-        """Drops every graph."""
-        for entry in self._entries.values():
-            entry.close()
-        self._entries.clear()
+    def _rests(self, inputs: Inputs) -> bool:
+        return self._graphs.is_capturing()
 
-    def __call__(self, inputs: Inputs) -> StepResult:
-        """One step.
+    def _why_not(self) -> str | None:
+        scaled = self._step._scaler_d.is_enabled()
+        return why_not_capturable(self._networks, self._optimizers, scaled=scaled)
 
-        Raises:
-            UserError: it cannot be captured, and has to be.
-        """
-        if self.reason is not None or self._graphs.is_capturing():
-            return self._step.run_eagerly(inputs)
+    def _advance(self, entry: _Entry, inputs: Inputs) -> StepResult:
         self._graphs.join()
-        key = self._key(inputs)
-        entry = self._entries.pop(key, None)
-        if entry is None or self._is_stale(entry):
-            entry = _Entry()
-        self._entries[key] = entry
-        while len(self._entries) > KEPT:
-            self._entries.popitem(last=False)[1].close()
         if entry.captured is None:
             if entry.steps < WARM_UP:
                 return self._warm_up(entry, inputs)
@@ -272,59 +227,9 @@ class GraphedStep:
                 return self._replay(entry.several, inputs, size)
         return [self(inputs.at(i)) for i in range(size)]
 
-    def _key(self, inputs: Inputs) -> Any:
-        given = [None if t is None else (t.shape, t.dtype, t.device) for t in inputs]
-        images = inputs.images
-        modes = [m.training for m in self._modules] + [p.requires_grad for p in self._parameters]
-        where = None if images is None else images.data_ptr()
-        return (*given, where, *modes, torch.is_autocast_enabled(self._step.device.type))
-
-    def _held(self) -> dict[str, Any]:
-        """What a graph holds as it was at the capture, by the names of what it is."""
-        step = self._step
-        groups = [group for _, o in self._optimizers for group in o.param_groups]
-        scalers = (step._scaler_g, step._scaler_d)
-        return {
-            "settings of the step": (
-                *(step.loss, step.loss_weight, step.real_target, step.amp, step.merge),
-                *(id(step.generator), id(step.totals), id(step.ema), id(step._noise)),
-            ),
-            "hyperparameters of an optimizer": [
-                _value(value)
-                for group in groups
-                for name, value in group.items()
-                if name != "params"
-            ],
-            "parameters of an optimizer": [id(p) for group in groups for p in group["params"]],
-            "the state of an optimizer": [
-                id(value)
-                for _, optimizer in self._optimizers
-                for state in optimizer.state.values()
-                for value in state.values()
-            ],
-            "a gradient scaler": [
-                (s._growth_factor, s._backoff_factor, s._growth_interval, id(s._scale))
-                for s in scalers
-                if s.is_enabled()
-            ],
-            "a parameter or buffer": [t.data_ptr() for t in self._tensors],
-        }
-
-    def _is_stale(self, entry: _Entry) -> bool:
-        if entry.captured is None:
-            return False
-        held = self._held()
-        if entry.captured.held == held:
-            return False
-        self._change = next(n for n, value in held.items() if value != entry.captured.held[n])
-        entry.close()
-        # The others hold the same.
-        self.forget()
-        return True
-
     def _warm_up(self, entry: _Entry, inputs: Inputs) -> StepResult:
         self._look()
-        if entry.steps == 0 and not self._may_capture():
+        if entry.steps == 0 and not self._may_begin():
             return self._step.run_eagerly(inputs)
         watch = entry.steps == WARM_UP - 1
         before = PythonState(self._networks, self._optimizers) if watch else None
@@ -338,36 +243,13 @@ class GraphedStep:
                 self._give_up(reason)
         return result
 
-    def _may_capture(self) -> bool:
-        reason = why_not_capturable(
-            self._networks, self._optimizers, scaled=self._step._scaler_d.is_enabled()
-        )
-        if self._captures >= _TRIED and self._replays < _REPLAYS_EACH * self._captures:
-            reason = (
-                f"{self._captures} graphs served {self._replays} steps, the last until "
-                f"{self._change} changed; change tensors in place, a learning rate too"
-            )
-        if reason is not None:
-            self._give_up(reason)
-        return reason is None
-
-    def _give_up(self, reason: str) -> None:
-        self.forget()
-        self.reason = reason
-        if self._required:
-            raise UserError(
-                f"graph is 'on' and the step cannot be captured, because {reason}; 'auto' leaves "
-                "it eager then"
-            )
-        logger.warning("the step runs without a CUDA graph, because %s", reason)
-
     def _capture(self, entry: _Entry, inputs: Inputs) -> bool:
         assert entry.result is not None
         found = self._recorded(inputs, self._step_on, entry.result)
         if isinstance(found, str):
             self._give_up(found)
             return False
-        self._captures += 1
+        self._made += 1
         entry.captured = found
         return True
 
@@ -431,7 +313,7 @@ class GraphedStep:
                 if own is not None and given is not None and own is not given:
                     own.copy_(given)
         found = captured.recording.replay().clone().view(count, -1)
-        self._replays += count
+        self._repeats += count
         for parameter, grad in captured.grads:
             if parameter.grad is not grad:
                 parameter.grad = grad
@@ -441,14 +323,6 @@ class GraphedStep:
             kind(*(v.to(t.dtype) for v, t in zip(values.unbind(), like, strict=True)))
             for values in found
         ]
-
-
-def _value(value: Any) -> Any:
-    """A hyperparameter as a graph holds it."""
-    if not isinstance(value, Tensor):
-        return value
-    # One on the CPU is read while capturing, one on the device by every replay.
-    return value.item() if value.is_cpu else id(value)
 
 
 class _Before:

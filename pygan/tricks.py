@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pygan.augment import checked_policy
 from pygan.errors import UserError
+from pygan.ops.recorded import recorded
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,14 @@ class Ema:
         taken = (9 / (10 + self.updates)).clamp_min(1 - self.decay)
         self.updates.add_(1)
         if device.type == "cpu":
-            torch._foreach_lerp_(averages, values, taken.item())
+            _follow(averages, values, taken)
             return
         # A CUDA graph repeats what is read on the device.
         steps = torch._foreach_sub(values, averages)
         torch._foreach_mul_(steps, taken)
         torch._foreach_add_(averages, steps)
+
+
+@recorded
+def _follow(averages: list[Tensor], values: list[Tensor], taken: Tensor) -> None:
+    torch._foreach_lerp_(averages, values, taken.item())

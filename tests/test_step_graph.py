@@ -22,7 +22,8 @@ from pygan import cuda_graph
 from pygan.capturable import line_of
 from pygan.cuda_graph import CaptureError
 from pygan.pace import SAMPLE, SAMPLES, SIZES, Pace
-from pygan.step_graph import KEPT, WARM_UP, GraphedStep
+from pygan.repeated_step import KEPT, WARM_UP
+from pygan.step_graph import GraphedStep
 
 SIZE, BATCH, NZ = 16, 8, 12
 STEPS = 20
@@ -168,7 +169,7 @@ def make(
 def pair(**settings: Any) -> tuple[pygan.AdversarialStep, pygan.AdversarialStep, StandIn]:
     """An eager step, a captured one of the same networks, and what captures it."""
     last = settings.pop("last", None)
-    eager = make(last=None if last is None else last(), **settings)
+    eager = make(last=None if last is None else last(), graph="off", **settings)
     graphed = make(last=None if last is None else last(), **settings)
     return eager, graphed, StandIn(graphed)
 
@@ -535,9 +536,11 @@ def test_recapture_sees_what_a_step_cannot() -> None:
     assert len(graphs.replays) == 2
 
 
-def test_a_graph_that_has_to_be_needs_a_gpu() -> None:
-    with pytest.raises(pygan.UserError, match="graph is 'on' and the networks are on cpu"):
-        make(graph="on")
+def test_a_graph_that_has_to_be_needs_a_device_for_it() -> None:
+    networks = [m.to("meta") for m in pygan.models.dcgan(SIZE, 1, nz=NZ, ngf=8, ndf=8)]
+    optimizers = [torch.optim.SGD(m.parameters(), 1e-4) for m in networks]
+    with pytest.raises(pygan.UserError, match="graph is 'on' and the networks are on meta"):
+        pygan.AdversarialStep(*networks, *optimizers, graph="on")
 
 
 def test_a_wait_for_the_device_is_told_by_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:

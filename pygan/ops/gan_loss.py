@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pygan.errors import UserError
 from pygan.ops import cuda_native, dispatch, gpu, native
+from pygan.ops.recorded import recorded
 
 
 class Term(NamedTuple):
@@ -89,6 +90,7 @@ def _groups(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) 
     return tuple(groups)
 
 
+@recorded
 def _cpu(logits: Tensor, grad: Tensor, out: Tensor, terms: tuple[Term, ...]) -> None:
     module = native.load()
     assert module is not None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pygan.errors import UserError
 from pygan.ops import cuda_native, dispatch, gpu, map_memory, native
+from pygan.ops.recorded import recorded
 
 _MOST_VALUES = 1 << 30  # of an image, whose index is 32 bits wide
 
@@ -110,6 +111,7 @@ def _triton(out: Tensor, images: Tensor, index: Tensor, flip: Tensor | None) -> 
 _KERNELS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton}
 
 
+@recorded
 def image_batch(
     images: Tensor,
     index: Tensor,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pygan.ops import native
+from pygan.ops.recorded import recorded
 
 SMALLEST = 1 << 18  # bytes; below it the heap does well
 _ALIGNMENT = 64
@@ -176,6 +177,7 @@ def _place(elements: int, dtype: torch.dtype) -> Tensor | None:
     return tensor
 
 
+@recorded
 def empty(
     size: Sequence[int],
     dtype: torch.dtype,
@@ -192,6 +194,7 @@ def empty(
     return tensor.resize_(size, memory_format=memory_format)
 
 
+@recorded
 def empty_like(x: Tensor) -> Tensor:
     """``torch.empty_like`` of a CPU tensor that is contiguous in one of torch's formats."""
     tensor = _place(x.numel(), x.dtype)

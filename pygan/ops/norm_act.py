@@ -44,6 +44,7 @@ from pygan.ops import (
 from pygan.ops.dense import dense
 from pygan.ops.moments import Moments
 from pygan.ops.native import ACTIVATIONS
+from pygan.ops.recorded import recorded
 from pygan.ops.wanted import wanted_gradients
 
 
@@ -171,6 +172,7 @@ def shape_of(module: ModuleType, x: Tensor, layout: int, settings: Settings) -> 
     )
 
 
+@recorded
 def _cpu_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -189,6 +191,7 @@ def _cpu_forward(
     return y, statistics
 
 
+@recorded
 def statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, settings: Settings
 ) -> Tensor:
@@ -198,6 +201,7 @@ def statistics(
     return _run_forward(x, layout, None, None, running_mean, running_var, settings)
 
 
+@recorded
 def _cpu_coefficients(
     x: Tensor,
     weight: Tensor | None,
@@ -271,6 +275,7 @@ def _run_forward(
     return statistics
 
 
+@recorded
 def cpu_backward(
     x: Tensor,
     dy: Tensor,

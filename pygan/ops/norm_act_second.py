@@ -32,6 +32,7 @@ from torch import Tensor
 from pygan.ops import map_memory, native, norm_act
 from pygan.ops.dense import dense
 from pygan.ops.layout import reordered
+from pygan.ops.recorded import recorded
 from pygan.ops.wanted import wanted_gradients
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def _third(
     return [next(found) if wanted else None for wanted in wants]
 
 
+@recorded
 def _cpu_second(
     x: Tensor,
     dy: Tensor,

@@ -61,6 +61,7 @@ from pygan.ops.layout import is_last, reordered
 from pygan.ops.matrix_product import matrix_product
 from pygan.ops.moments import Moments
 from pygan.ops.norm_conv_gpu import Norm
+from pygan.ops.recorded import recorded
 from pygan.ops.torch_conv import Sweep
 from pygan.ops.wanted import wanted_gradients
 
@@ -227,6 +228,7 @@ def _extra(layer: _Layer, coefficients: Tensor | None, slope: float) -> dict[str
     return {"normalized": strided_conv_gpu.Normalized(layer.normalized, coefficients, slope)}
 
 
+@recorded
 def run_up(
     small: Tensor,
     weight: Tensor,
@@ -274,6 +276,7 @@ def run_up(
     return big if last else _in_format(big, last)
 
 
+@recorded
 def run_down(
     big: Tensor,
     weight: Tensor,
@@ -320,6 +323,7 @@ def run_down(
     return small if last else _in_format(small, last)
 
 
+@recorded
 def run_weight_grad(
     small: Tensor,
     big: Tensor,

@@ -1,0 +1,138 @@
+"""A training step on a CPU as a program of its operations: when it is recorded, when it is run.
+
+    a kind of step for the first  as usual; the last of WARM_UP is recorded while it is made
+      time
+    from then on                  the program is run, on the inputs that are given
+    other shapes, strides, modes  programs of their own, the KEPT used last
+    other hyperparameters, or     every program is dropped, and made anew
+      tensors in the place of
+      those recorded
+    what cannot be repeated       eager for good, and nothing is half done
+
+The numbers are those of eager steps, bit for bit. What a program leaves out is Python and autograd
+between the kernels, and with it every line of the networks' own code, so a step is recorded without
+being asked only where those are torch's and pygan's.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pygan.capturable import PythonState, why_not_repeatable
+from pygan.ops import dispatch
+from pygan.pending import saving_is_watched
+from pygan.program import Program, Recorder
+from pygan.repeated_step import WARM_UP, Inputs, RepeatedStep
+
+if TYPE_CHECKING:
+    from pygan.step import StepResult
+
+
+class _Recorded(NamedTuple):
+    program: Program
+    result: type[StepResult]
+    held: dict[str, Any]
+    learning: list[Tensor]  # parameters that get a gradient, in the order of the results
+    kept: list[Any]  # what the program's addresses and names belong to
+
+
+class _Entry:
+    """One kind of step."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.recorded: _Recorded | None = None
+
+    @property
+    def held(self) -> dict[str, Any] | None:
+        return None if self.recorded is None else self.recorded.held
+
+    def close(self) -> None:
+        self.recorded = None
+
+
+class ProgrammedStep(RepeatedStep[_Entry]):
+    """The steps of an :class:`pygan.AdversarialStep` on a CPU, by programs.
+
+    Args:
+        step: whose ``run_eagerly`` is recorded.
+        required: record networks with code of their own too, and raise where a step cannot be.
+    """
+
+    what, level = "program", logging.INFO
+
+    def _entry(self) -> _Entry:
+        return _Entry()
+
+    def _rests(self, inputs: Inputs) -> bool:
+        return (
+            torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._len_torch_function_stack() > 0
+            or torch.is_anomaly_enabled()
+            or torch.is_autocast_enabled(self._step.device.type)
+            or not torch.is_grad_enabled()
+            or saving_is_watched()
+            or any(t is not None and t.requires_grad for t in inputs)
+        )
+
+    def _why_not(self) -> str | None:
+        return why_not_repeatable(self._networks, self._optimizers, any_code=self._required)
+
+    def _key(self, inputs: Inputs) -> Any:
+        strides = [None if t is None else t.stride() for t in inputs]
+        return (*super()._key(inputs), *strides, torch.get_num_threads(), dispatch.encoded_wish())
+
+    def _advance(self, entry: _Entry, inputs: Inputs) -> StepResult:
+        if entry.recorded is not None:
+            return self._run(entry.recorded, inputs)
+        if entry.steps == 0 and not self._may_begin():
+            return self._step.run_eagerly(inputs)
+        entry.steps += 1
+        if entry.steps < WARM_UP:
+            return self._step.run_eagerly(inputs)
+        return self._record(entry, inputs)
+
+    def _record(self, entry: _Entry, inputs: Inputs) -> StepResult:
+        step = self._step
+        self._look()
+        before = PythonState(self._networks, self._optimizers, random_of_torch=False)
+        self._drop_gradients()
+        # So that weights that autocast keeps in another type are the program's own.
+        torch.clear_autocast_cache()
+        recorder = Recorder([t for t in inputs if t is not None])
+        with recorder:
+            result = step.run_eagerly(inputs)
+        reason = recorder.reason or before.change(
+            PythonState(self._networks, self._optimizers, random_of_torch=False)
+        )
+        learning: list[Tensor] = [p for p in self._parameters if p.grad is not None]
+        if reason is None:
+            gradients = [p.grad for p in learning if p.grad is not None]
+            program = recorder.program([*result, *gradients])
+            reason = recorder.reason
+        if reason is not None:
+            self._give_up(reason)
+            return result
+        kept: list[Any] = [self._tensors, step.totals, step.generator, step.ema, step._noise]
+        kept += [dict(state) for _, o in self._optimizers for state in o.state.values()]
+        entry.recorded = _Recorded(program, type(result), self._held(), learning, kept)
+        self._made += 1
+        return result
+
+    def _run(self, recorded: _Recorded, inputs: Inputs) -> StepResult:
+        # Their memory serves the step, as where an optimizer's zero_grad gives it back.
+        self._drop_gradients()
+        found = recorded.program.run([t for t in inputs if t is not None])
+        count = len(recorded.result._fields)
+        for parameter, grad in zip(recorded.learning, found[count:], strict=True):
+            parameter.grad = grad
+        self._repeats += 1
+        return recorded.result(*found[:count])
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
