@@ -2,9 +2,7 @@
 
 A kernel leaves little of the interpreter in the caches, so that what Python and autograd do between
 two of them takes ten times as long as in a loop of its own. A program is only the operations: those
-of torch below autograd, and the functions of pygan that run kernels (:mod:`pygan.ops.recorded`). A
-value is let go behind the last operation that reads it, and memory comes from where it came from
-when the code ran, so a program takes no more of it than the code.
+of torch below autograd, and the functions of pygan that run kernels (:mod:`pygan.ops.recorded`).
 
     recorder = Recorder(inputs)
     with recorder:
@@ -14,12 +12,19 @@ when the code ran, so a program takes no more of it than the code.
 
 Tensors that the code did not make itself, parameters and buffers, are held as they are, and changed
 in place as the code changed them. Python is not repeated: numbers it counted, branches it took.
-Whoever records sees to it that those stay as they were.
+Whoever records sees to it that those, and the places of what is held, stay as they were.
+
+Memory that the code asked for and let go lies in one region, each piece over those that are not
+read any more, so that kernels are given addresses that are known before. The region is taken where
+maps are (:mod:`pygan.ops.map_memory`) for as long as the program runs; should it lie elsewhere than
+in the runs before, the addresses are made anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import collections
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +35,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pygan.ops import recorded
+from pygan.ops import map_memory, native, recorded
+
+aten = torch.ops.aten
 
 # What reads values, or an address, where no recorder sees what becomes of them.
 _READS = {
@@ -40,6 +47,19 @@ _READS = {
 _PLAIN = (Tensor, torch.nn.Parameter)
 _MOVES = ("aten::set_", "aten::resize_")  # a tensor to another place
 _VARIES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+# What makes memory and leaves in it what is there.
+_MAKES = {
+    *(map_memory.empty.__wrapped__, map_memory.empty_like.__wrapped__),  # type: ignore[attr-defined]
+    *(aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default),
+    aten.new_empty.default,
+}
+_RUN: Callable[..., None] = native.run.__wrapped__  # type: ignore[attr-defined]
+# What fills memory with one number, and what counts.
+_FILLS = (aten.zeros.default, aten.zeros_like.default, aten.ones_like.default)
+_COUNTS = (aten.add_.Tensor, aten.add_.Scalar)
+_LITTLE = 1 << 16  # bytes
+_ALIGNMENT = 64
+_PLACES = 4  # of the region, whose addresses are kept
 
 
 @dataclass(frozen=True)
@@ -54,12 +74,32 @@ class _Operation(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: tuple[int | None, ...]  # numbers of what is new, in the order of its leaves
-    nested: bool  # whether values lie deeper than among the arguments
-    last: tuple[int, ...] = ()  # values that nobody reads any more
+    sizes: tuple[int, ...] = ()  # bytes of the results
 
-    def values(self) -> Iterator[int]:
+    def values(self) -> list[int]:
         """What it reads."""
-        return (x.number for x in tree_leaves((self.args, self.kwargs)) if _is_value(x))
+        return [x.number for x in tree_leaves((self.args, self.kwargs)) if _is_value(x)]
+
+    def made(self) -> Iterator[int]:
+        return (number for number in self.results if number is not None)
+
+    @property
+    def of_torch(self) -> bool:
+        return isinstance(self.function, torch._ops.OpOverload)
+
+    @property
+    def is_view(self) -> bool:
+        return self.function is _seen_from or (self.of_torch and bool(self.function.is_view))
+
+    @property
+    def changes(self) -> bool:
+        """Whether it does more than make its results."""
+        if self.is_view or self.function in _MAKES:
+            return False
+        function = self.function
+        return not self.of_torch or (
+            function._schema.is_mutable or torch.Tag.nondeterministic_seeded in function.tags
+        )
 
 
 def _is_value(x: Any) -> bool:
@@ -68,7 +108,7 @@ def _is_value(x: Any) -> bool:
 
 def _reads_back(function: Any, args: Any) -> bool:
     """Whether what follows may depend on values that torch's ``function`` reads."""
-    if function is torch.ops.aten.index.Tensor:
+    if function is aten.index.Tensor:
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     return any(tag in function.tags for tag in _VARIES)
 
@@ -77,26 +117,33 @@ def _leaves(values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
-_Geometry = tuple[Any, ...]
+class _Geometry(NamedTuple):
+    """How a tensor lies over its memory."""
 
+    size: torch.Size
+    stride: tuple[int, ...]
+    start: int
+    kind: tuple[Any, ...]
 
-def _geometry(x: Tensor) -> _Geometry:
-    return (x.shape, x.stride(), x.storage_offset(), x.dtype, x.is_conj(), x.is_neg())
+    @classmethod
+    def of(cls, x: Tensor) -> _Geometry:
+        kind = (x.dtype, x.is_conj(), x.is_neg())
+        return cls(x.shape, x.stride(), int(x.storage_offset()), kind)
 
 
 class _Storage:
     """Memory that lies under values. As long as a weak reference is held, no other has its address
     in torch."""
 
-    def __init__(self, x: Tensor, given: bool = False) -> None:
+    def __init__(self, x: Tensor, given: bool) -> None:
         storage = x.untyped_storage()
         self.address, self._alive = storage._cdata, StorageWeakRef(storage)
-        self.given = given
+        self.size, self.given = storage.nbytes(), given
         self.values: dict[_Geometry, int] = {}
 
 
 def _seen_from(base: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
-    return base.as_strided(size, stride, base.storage_offset() + offset)
+    return base.as_strided(size, stride, int(base.storage_offset()) + offset)
 
 
 class _Reads(TorchFunctionMode):
@@ -129,7 +176,7 @@ class Recorder(TorchDispatchMode):
         self.reason: str | None = None
         self._operations: list[_Operation] = []
         self._storages: dict[int, _Storage] = {}
-        self._count = 0
+        self._under: list[_Storage] = []  # each value
         self._given = [self._new(x, given=True) for x in inputs]
         self._reads = _Reads(self)
 
@@ -170,20 +217,24 @@ class Recorder(TorchDispatchMode):
             self.refuse(f"{func} moves a tensor")
         return self.call(func, args, kwargs)
 
+    def _storage(self, x: Tensor) -> _Storage | None:
+        return self._storages.get(x.untyped_storage()._cdata)
+
     def _new(self, x: Tensor, *, given: bool = False) -> int:
         """The number of a value that has none."""
-        storage = self._storages.get(x.untyped_storage()._cdata)
+        storage = self._storage(x)
         if storage is None:
             storage = _Storage(x, given)
             self._storages[storage.address] = storage
-        number, self._count = self._count, self._count + 1
-        storage.values.setdefault(_geometry(x), number)
+        number = len(self._under)
+        self._under.append(storage)
+        storage.values.setdefault(_Geometry.of(x), number)
         return number
 
     def _known(self, x: Tensor) -> int | None:
         """The number of a value as it is."""
-        storage = self._storages.get(x.untyped_storage()._cdata)
-        return None if storage is None else storage.values.get(_geometry(x))
+        storage = self._storage(x)
+        return None if storage is None else storage.values.get(_Geometry.of(x))
 
     def _named(self, x: Any) -> Any:
         """An argument as the program holds it: what is not made by it stays what it is."""
@@ -194,44 +245,63 @@ class Recorder(TorchDispatchMode):
             return x
         if (number := self._known(x)) is not None:
             return _Value(number)
-        storage = self._storages.get(x.untyped_storage()._cdata)
+        storage = self._storage(x)
         if storage is None:
             return x
         # Autograd keeps a tensor of its own for what is saved, and views that no operation made.
-        _, _, start, *kind = next(iter(storage.values))
-        if storage.given or kind != [x.dtype, x.is_conj(), x.is_neg()]:
+        (first, base), here = next(iter(storage.values.items())), _Geometry.of(x)
+        if storage.given or first.kind != here.kind:
             self.refuse("memory of an input, or of another type, is read where no operation is")
             return x
-        base = _Value(next(iter(storage.values.values())))
+        args = (_Value(base), here.size, here.stride, here.start - first.start)
         number = self._new(x)
-        where = (x.shape, x.stride(), x.storage_offset() - start)
-        self._operations.append(_Operation(_seen_from, (base, *where), {}, (number,), False))
+        self._operations.append(_Operation(_seen_from, args, {}, (number,)))
         return _Value(number)
 
     def _note(self, function: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         args = tuple(tree_map(self._named, x) for x in args)
         kwargs = {name: tree_map(self._named, x) for name, x in kwargs.items()}
-        values = sum(map(_is_value, tree_leaves((args, kwargs))))
-        of_torch = isinstance(function, torch._ops.OpOverload)
-        if function is torch.ops.aten.lift_fresh.default:
+        if function is aten.lift_fresh.default:
             # What Python made of numbers may be changed in place from now on, in every run anew.
-            function, args = torch.ops.aten.clone.default, (args[0].detach().clone(),)
-        elif of_torch and function.is_view and not values:
+            function, args = aten.clone.default, (args[0].detach().clone(),)
+        operation = _Operation(function, args, kwargs, ())
+        if operation.is_view and not operation.values():
             return  # a view of what is held as it is
         numbers = [self._new(x) if self._known(x) is None else None for x in _leaves(result)]
-        if all(number is None for number in numbers):
-            if of_torch and not function._schema.is_mutable:
-                return  # the same once more
-            numbers = []
-        nested = values > sum(map(_is_value, args))
-        self._operations.append(_Operation(function, args, kwargs, tuple(numbers), nested))
+        if any(number is not None for number in numbers):
+            sizes = tuple(x.numel() * x.itemsize for x in _leaves(result))
+            operation = operation._replace(results=tuple(numbers), sizes=sizes)
+        elif not operation.changes:
+            return  # the same once more
+        self._operations.append(operation)
 
     def program(self, results: Sequence[Tensor]) -> Program:
         """What was done, to get ``results``."""
         named = [*map(self._named, results)]
         if not all(map(_is_value, named)):
             self.refuse("a result comes from where no operation is")
-        return Program(self._operations, self._count, self._given, named)
+        numbers = [x.number for x in named if _is_value(x)]
+        return Program(self._operations, self._under, self._given, numbers)
+
+
+class _Piece(NamedTuple):
+    """Memory in the region."""
+
+    geometry: _Geometry
+    size: int  # bytes
+    first: int  # operation that writes it
+    last: int  # that reads it
+
+
+class _Bound(NamedTuple):
+    """An operation with all that is known of it before a run."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    nested: bool | None  # whether values lie deeper than among the arguments; None without any
+    results: tuple[int | None, ...]
+    last: tuple[int, ...]  # values that nobody reads any more
 
 
 class Program:
@@ -240,71 +310,188 @@ class Program:
     def __init__(
         self,
         operations: Sequence[_Operation],
-        count: int,
+        under: Sequence[_Storage],
         given: Sequence[int],
-        results: Sequence[Any],
+        results: Sequence[int],
     ) -> None:
-        self._count, self._given, self._results = count, given, results
-        self._operations = _with_last_readers(_needed(operations, results), results)
+        self._count, self._given, self._results = len(under), given, results
+        self._operations = _gathered(_needed(operations, results))
+        self._pieces = _pieces(self._operations, under, results)
+        self._offsets, self.region = _placed(self._pieces)
+        scratch = (x for o in self._operations for x in o.args if type(x) is native.Scratch)
+        self._scratch = max((x.size for x in scratch), default=0)
+        self._bound: dict[tuple[int, int], list[_Bound]] = {}
 
     def __len__(self) -> int:
-        return len(self._operations)
+        """Operations in a run."""
+        return len(next(iter(self._bound.values()), self._operations))
 
     @torch.no_grad()
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The results of the same operations on other inputs."""
+        region = map_memory.empty((max(self.region, 1),), torch.float32)
+        place = (region.data_ptr(), native.scratch(self._scratch))
+        bound = self._bound.get(place)
+        if bound is None:
+            while len(self._bound) >= _PLACES:
+                del self._bound[next(iter(self._bound))]
+            bound = self._bound[place] = self._bind(place[0])
         values: list[Any] = [None] * self._count
-        for place, x in zip(self._given, inputs, strict=True):
-            values[place] = x
+        for number, x in zip(self._given, inputs, strict=True):
+            values[number] = x
 
         def value(x: Any) -> Any:
             return values[x.number] if type(x) is _Value else x
 
         result: Any
-        for function, args, kwargs, numbers, nested, last in self._operations:
-            if nested:
+        for function, args, kwargs, nested, results, last in bound:
+            if nested is None:
+                result = function(*args, **kwargs)
+            elif nested:
                 filled, named = tree_map(value, (args, kwargs))
                 result = function(*filled, **named)
             else:
                 result = function(
                     *[values[x.number] if type(x) is _Value else x for x in args], **kwargs
                 )
-            if numbers:
+            if results:
                 made = (result,) if type(result) is Tensor else _leaves(result)
-                for number, x in zip(numbers, made, strict=True):
-                    if number is not None:
-                        values[number] = x
+                for i, x in zip(results, made, strict=True):
+                    if i is not None:
+                        values[i] = x
                 del made, x
-            for place in last:
-                values[place] = None
+            for i in last:
+                values[i] = None
             del result
-        return [values[x.number] for x in self._results]
+        return [values[i] for i in self._results]
+
+    def _bind(self, start: int) -> list[_Bound]:
+        """The operations where the region lies at the address ``start``."""
+        static = {
+            number: _tensor(start + offset, self._pieces[number])
+            for number, offset in self._offsets.items()
+        }
+
+        def known(x: Any) -> Any:
+            return static.get(x.number, x) if type(x) is _Value else x
+
+        left = set(self._results)
+        for operation in self._operations:
+            if any(number in static for number in operation.made()):
+                continue
+            args, kwargs = tree_map(known, (operation.args, operation.kwargs))
+            if operation.is_view and not any(map(_is_value, tree_leaves((args, kwargs)))):
+                made = operation.function(*args, **kwargs)
+                made = [made] if isinstance(made, Tensor) else _leaves(made)
+                for number, x in zip(operation.results, made, strict=True):
+                    if number is not None:
+                        static[number] = x
+        found = []
+        for operation in reversed(self._operations):
+            if operation.results and all(n is None or n in static for n in operation.results):
+                if not operation.changes:
+                    continue
+                operation = operation._replace(results=())
+            args, kwargs = tree_map(known, (operation.args, operation.kwargs))
+            function, leaves = operation.function, tree_leaves((args, kwargs))
+            values = [x.number for x in leaves if _is_value(x)]
+            nested = None if not values else len(values) > sum(map(_is_value, args))
+            if function is _RUN and not values:
+                kernel, *rest = args
+                function, args = kernel, tuple(map(native.address, rest))
+            numbers = {*values, *(n for n in operation.results if n is not None)}
+            last = tuple(sorted(numbers - left))
+            left |= numbers
+            found.append(_Bound(function, tuple(args), kwargs, nested, operation.results, last))
+        return found[::-1]
 
 
-def _needed(operations: Sequence[_Operation], results: Sequence[Any]) -> list[_Operation]:
+def _tensor(address: int, piece: _Piece) -> Tensor:
+    """What lies at an address, as long as its memory is somebody's."""
+    size, stride, start, (dtype, *_) = piece.geometry
+    assert start == 0
+    count = max(piece.size // dtype.itemsize, 1)
+    block = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(block, dtype=dtype, count=count).as_strided(size, stride)
+
+
+def _needed(operations: Sequence[_Operation], results: Sequence[int]) -> list[_Operation]:
     """Without those that change nothing and whose results nobody reads."""
-    read = {x.number for x in results if _is_value(x)}
+    read = set(results)
     kept = []
     for operation in reversed(operations):
-        function = operation.function
-        changes = function is not _seen_from and (
-            not isinstance(function, torch._ops.OpOverload)
-            or function._schema.is_mutable
-            or torch.Tag.nondeterministic_seeded in function.tags
-        )
-        if changes or not read.isdisjoint(operation.results):
+        if operation.changes or not read.isdisjoint(operation.made()):
             read.update(operation.values())
             kept.append(operation)
     return kept[::-1]
 
 
-def _with_last_readers(
-    operations: Sequence[_Operation], results: Sequence[Any]
-) -> list[_Operation]:
-    left = {x.number for x in results if _is_value(x)}
-    found = []
-    for operation in reversed(operations):
-        numbers = {*operation.values(), *(n for n in operation.results if n is not None)}
-        found.append(operation._replace(last=tuple(sorted(numbers - left))))
-        left |= numbers
-    return found[::-1]
+def _gathered(operations: Sequence[_Operation]) -> list[_Operation]:
+    """Those that may come first do: in a row they take a microsecond each, behind a kernel a
+    hundred. They read nothing that is made here, and what of memory they make is little."""
+    readers = collections.Counter(
+        address for operation in operations for address in _addresses(operation)
+    )
+
+    def may_come_first(operation: _Operation) -> bool:
+        if not operation.of_torch or operation.is_view or operation.values():
+            return False
+        if operation.function in _FILLS:
+            return all(size <= _LITTLE for size in operation.sizes)
+        # It changes what nobody else looks at: the count of a batch norm's batches.
+        return operation.function in _COUNTS and readers[_addresses(operation)[0]] == 1
+
+    first = [operation for operation in operations if may_come_first(operation)]
+    return first + [operation for operation in operations if not may_come_first(operation)]
+
+
+def _addresses(operation: _Operation) -> list[int]:
+    """Of the memory of what is held as it is."""
+    return [x.untyped_storage()._cdata for x in _leaves((operation.args, operation.kwargs))]
+
+
+def _pieces(
+    operations: Sequence[_Operation], under: Sequence[_Storage], results: Sequence[int]
+) -> dict[int, _Piece]:
+    """What can lie in the region: memory that is made for what is written later, and of which
+    nothing is handed out."""
+    kept = {under[number].address for number in results}
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for i, operation in enumerate(operations):
+        for number in (*operation.values(), *operation.made()):
+            last[under[number].address] = i
+            first.setdefault(under[number].address, i)
+    found = {}
+    for operation in operations:
+        if operation.function not in _MAKES:
+            continue
+        (number,) = operation.made()
+        storage = under[number]
+        geometry = next(iter(storage.values))
+        plain = geometry.kind[1:] == (False, False) and geometry.start == 0
+        if storage.address not in kept and storage.values[geometry] == number and plain:
+            span = (first[storage.address], last[storage.address])
+            found[number] = _Piece(geometry, storage.size, *span)
+    return found
+
+
+def _placed(pieces: dict[int, _Piece]) -> tuple[dict[int, int], int]:
+    """An offset for each, over others that are not read at the same time, and the end of all in
+    float32 elements. The largest come first, each at the lowest place that is free."""
+    offsets: dict[int, int] = {}
+    end = 0
+    for number, piece in sorted(pieces.items(), key=lambda item: -item[1].size):
+        taken = sorted(
+            (offset, offset + pieces[other].size)
+            for other, offset in offsets.items()
+            if pieces[other].first <= piece.last and piece.first <= pieces[other].last
+        )
+        offset = 0
+        for low, high in taken:
+            if offset + piece.size <= low:
+                break
+            offset = max(offset, -(-high // _ALIGNMENT) * _ALIGNMENT)
+        offsets[number] = offset
+        end = max(end, offset + piece.size)
+    return offsets, -(-end // 4)

@@ -9,12 +9,15 @@ import mmap
 import os
 import platform
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
 from pygan.errors import UserError
+from pygan.ops.recorded import recorded
 
 BUILD_LOG = Path(__file__).resolve().parent.parent / "_build_log.txt"
 
@@ -60,9 +63,37 @@ def reason() -> str | None:
     return _load()[1]
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Data pointer, 0 for None: what the extension takes for an array."""
-    return 0 if tensor is None else tensor.data_ptr()
+class At(NamedTuple):
+    """An array within a tensor's."""
+
+    tensor: torch.Tensor
+    offset: int  # bytes
+
+
+class Scratch(NamedTuple):
+    """Memory that a kernel may write until it returns, see :func:`scratch`."""
+
+    size: int  # bytes
+
+
+@recorded
+def run(kernel: Callable[..., None], *args: Any) -> None:
+    """A kernel of the extension, with tensors, :class:`At`, :class:`Scratch` and None in the place
+    of addresses."""
+    kernel(*map(address, args))
+
+
+def address(x: Any) -> Any:
+    """What the extension takes for an argument: the data pointer of an array, 0 for none."""
+    if isinstance(x, torch.Tensor):
+        return x.data_ptr()
+    if x is None:
+        return 0
+    if type(x) is At:
+        return x.tensor.data_ptr() + x.offset
+    if type(x) is Scratch:
+        return scratch(x.size)
+    return tuple(map(address, x)) if type(x) is tuple else x
 
 
 def ask_for_huge_pages(memory: mmap.mmap, offset: int, size: int) -> None:

@@ -172,7 +172,6 @@ def shape_of(module: ModuleType, x: Tensor, layout: int, settings: Settings) -> 
     )
 
 
-@recorded
 def _cpu_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -186,12 +185,11 @@ def _cpu_forward(
     x, layout = dense(x)
     y = map_memory.empty_like(x)
     statistics = _run_forward(
-        x, layout, weight, bias, running_mean, running_var, settings, y=y.data_ptr(), given=given
+        x, layout, weight, bias, running_mean, running_var, settings, y=y, given=given
     )
     return y, statistics
 
 
-@recorded
 def statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, settings: Settings
 ) -> Tensor:
@@ -201,7 +199,6 @@ def statistics(
     return _run_forward(x, layout, None, None, running_mean, running_var, settings)
 
 
-@recorded
 def _cpu_coefficients(
     x: Tensor,
     weight: Tensor | None,
@@ -222,7 +219,7 @@ def _cpu_coefficients(
         running_mean,
         running_var,
         settings,
-        coefficients=coefficients.data_ptr(),
+        coefficients=coefficients,
         given=given,
     )
     return statistics, coefficients
@@ -237,14 +234,14 @@ def _run_forward(
     running_var: Tensor | None,
     settings: Settings,
     *,
-    y: int = 0,
-    coefficients: int = 0,
+    y: Tensor | None = None,
+    coefficients: Tensor | None = None,
     given: Tensor | None = None,
 ) -> Tensor:
     module = native.load()
     assert module is not None
     shape = shape_of(module, x, layout, settings)
-    training, address = settings.training and given is None, native.address
+    training = settings.training and given is None
     if given is not None:
         statistics = given
     elif training:
@@ -253,29 +250,38 @@ def _run_forward(
         assert running_mean is not None and running_var is not None
         statistics = torch.stack([running_mean, torch.rsqrt(running_var + settings.eps)])
     scratch = torch.empty(module.norm_act_scratch(shape), dtype=torch.float64)
-    mean = statistics.data_ptr()
-    module.norm_act_forward(
+    native.run(
+        module.norm_act_forward,
         shape,
-        x.data_ptr(),
-        address(weight),
-        address(bias),
+        x,
+        weight,
+        bias,
         training,
         settings.eps,
         settings.momentum,
-        address(running_mean) if training else 0,
-        address(running_var) if training else 0,
+        running_mean if training else None,
+        running_var if training else None,
         y,
-        mean,
-        mean + statistics.numel() // 2 * statistics.element_size(),
+        *mean_and_invstd(statistics),
         coefficients,
-        scratch.data_ptr(),
+        scratch,
     )
     if training and running_mean is not None and running_var is not None:
-        torch.autograd.graph.increment_version([running_mean, running_var])
+        _changed(running_mean, running_var)
     return statistics
 
 
+def mean_and_invstd(statistics: Tensor) -> tuple[Tensor, native.At]:
+    """The arrays that ``[2, groups, C]`` holds."""
+    return statistics, native.At(statistics, statistics.numel() // 2 * statistics.element_size())
+
+
 @recorded
+def _changed(*buffers: Tensor) -> None:
+    """Tells autograd what a kernel has changed."""
+    torch.autograd.graph.increment_version(buffers)
+
+
 def cpu_backward(
     x: Tensor,
     dy: Tensor,
@@ -301,20 +307,19 @@ def cpu_backward(
     dweight = torch.zeros_like(weight) if wants[1] and weight is not None else None
     dbias = torch.zeros_like(bias) if wants[2] and bias is not None else None
     scratch = torch.empty(module.norm_act_scratch(shape), dtype=torch.float64)
-    mean, address = statistics.data_ptr(), native.address
-    module.norm_act_backward(
+    native.run(
+        module.norm_act_backward,
         shape,
-        x.data_ptr(),
-        dy.data_ptr(),
-        address(weight),
-        address(bias),
-        mean,
-        mean + statistics.numel() // 2 * statistics.element_size(),
+        x,
+        dy,
+        weight,
+        bias,
+        *mean_and_invstd(statistics),
         settings.training,
-        address(dx),
-        address(dweight),
-        address(dbias),
-        scratch.data_ptr(),
+        dx,
+        dweight,
+        dbias,
+        scratch,
     )
     return dx, dweight, dbias
 

@@ -32,7 +32,6 @@ from torch import Tensor
 from pygan.ops import map_memory, native, norm_act
 from pygan.ops.dense import dense
 from pygan.ops.layout import reordered
-from pygan.ops.recorded import recorded
 from pygan.ops.wanted import wanted_gradients
 
 if TYPE_CHECKING:
@@ -165,7 +164,6 @@ def _third(
     return [next(found) if wanted else None for wanted in wants]
 
 
-@recorded
 def _cpu_second(
     x: Tensor,
     dy: Tensor,
@@ -191,17 +189,16 @@ def _cpu_second(
     dx, d_dy = (map_memory.empty_like(x) if wanted else None for wanted in wants[:2])
     dweight = torch.zeros_like(weight) if wants[2] and weight is not None else None
     scratch = torch.empty(module.norm_act_second_scratch(shape), dtype=torch.float64)
-    mean, address = statistics.data_ptr(), native.address
-    module.norm_act_second(
+    native.run(
+        module.norm_act_second,
         shape,
-        x.data_ptr(),
-        dy.data_ptr(),
-        ddx.data_ptr(),
-        *map(address, (weight, bias, ddweight, ddbias)),
-        mean,
-        mean + statistics.numel() // 2 * statistics.element_size(),
+        x,
+        dy,
+        ddx,
+        *(weight, bias, ddweight, ddbias),
+        *norm_act.mean_and_invstd(statistics),
         settings.training,
-        *map(address, (dx, d_dy, dweight)),
-        scratch.data_ptr(),
+        *(dx, d_dy, dweight),
+        scratch,
     )
     return dx, d_dy, dweight

@@ -61,7 +61,6 @@ from pygan.ops.layout import is_last, reordered
 from pygan.ops.matrix_product import matrix_product
 from pygan.ops.moments import Moments
 from pygan.ops.norm_conv_gpu import Norm
-from pygan.ops.recorded import recorded
 from pygan.ops.torch_conv import Sweep
 from pygan.ops.wanted import wanted_gradients
 
@@ -216,9 +215,9 @@ def _in_format(x: Tensor, last: bool) -> Tensor:
     return map_memory.empty(x.shape, x.dtype, _LAST if last else _FIRST).copy_(x)
 
 
-def _norm_of(coefficients: Tensor | None) -> tuple[int, int]:
-    """Address and groups of a normalized map's coefficients, as the kernels take them."""
-    return (0, 0) if coefficients is None else (coefficients.data_ptr(), coefficients.shape[0])
+def _norm_of(coefficients: Tensor | None) -> tuple[Tensor | None, int]:
+    """A normalized map's coefficients and their groups, as the kernels take them."""
+    return coefficients, 0 if coefficients is None else coefficients.shape[0]
 
 
 def _extra(layer: _Layer, coefficients: Tensor | None, slope: float) -> dict[str, Any]:
@@ -228,7 +227,6 @@ def _extra(layer: _Layer, coefficients: Tensor | None, slope: float) -> dict[str
     return {"normalized": strided_conv_gpu.Normalized(layer.normalized, coefficients, slope)}
 
 
-@recorded
 def run_up(
     small: Tensor,
     weight: Tensor,
@@ -262,21 +260,21 @@ def run_up(
     small = small.contiguous(memory_format=_LAST)
     weight = weight.contiguous(memory_format=layer.weight_format)
     big = map_memory.empty(layer.big_size, dtype, _LAST)
-    module.strided_conv_up(
+    native.run(
+        module.strided_conv_up,
         kernel.shape,
-        small.data_ptr(),
-        native.address(gate),
+        small,
+        gate,
         *_norm_of(coefficients),
         negative_slope,
-        weight.data_ptr(),
-        native.address(bias),
-        big.data_ptr(),
-        native.scratch(kernel.scratch),
+        weight,
+        bias,
+        big,
+        native.Scratch(kernel.scratch),
     )
     return big if last else _in_format(big, last)
 
 
-@recorded
 def run_down(
     big: Tensor,
     weight: Tensor,
@@ -309,21 +307,21 @@ def run_down(
     big = big.contiguous(memory_format=_LAST)
     weight = weight.contiguous(memory_format=layer.weight_format)
     small = map_memory.empty(layer.small_size, dtype, _LAST)
-    module.strided_conv_down(
+    native.run(
+        module.strided_conv_down,
         kernel.shape,
-        big.data_ptr(),
+        big,
         *_norm_of(coefficients),
-        weight.data_ptr(),
-        native.address(bias),
+        weight,
+        bias,
         ACTIVATIONS[activation],
         negative_slope,
-        small.data_ptr(),
-        native.scratch(kernel.scratch),
+        small,
+        native.Scratch(kernel.scratch),
     )
     return small if last else _in_format(small, last)
 
 
-@recorded
 def run_weight_grad(
     small: Tensor,
     big: Tensor,
@@ -346,15 +344,16 @@ def run_weight_grad(
     small, big = small.contiguous(memory_format=_LAST), big.contiguous(memory_format=_LAST)
     size = (layer.small_size[1], layer.big_size[1], 4, 4)
     dweight = map_memory.empty(size, torch.float32, layer.weight_format)
-    module.strided_conv_weight_grad(
+    native.run(
+        module.strided_conv_weight_grad,
         kernel.shape,
-        small.data_ptr(),
-        native.address(gate),
+        small,
+        gate,
         *_norm_of(coefficients),
         negative_slope,
-        big.data_ptr(),
-        dweight.data_ptr(),
-        native.scratch(kernel.scratch),
+        big,
+        dweight,
+        native.Scratch(kernel.scratch),
     )
     return dweight
 
