@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pygan.ops import map_memory, native, recorded
+from pygan.ops.placement import Piece, places
 
 aten = torch.ops.aten
 
@@ -58,7 +59,6 @@ _RUN: Callable[..., None] = native.run.__wrapped__  # type: ignore[attr-defined]
 _FILLS = (aten.zeros.default, aten.zeros_like.default, aten.ones_like.default)
 _COUNTS = (aten.add_.Tensor, aten.add_.Scalar)
 _LITTLE = 1 << 16  # bytes
-_ALIGNMENT = 64
 _PLACES = 4  # of the region, whose addresses are kept
 
 
@@ -140,6 +140,9 @@ class _Storage:
         self.address, self._alive = storage._cdata, StorageWeakRef(storage)
         self.size, self.given = storage.nbytes(), given
         self.values: dict[_Geometry, int] = {}
+
+    def geometry(self, number: int) -> _Geometry:
+        return next(geometry for geometry, value in self.values.items() if value == number)
 
 
 def _seen_from(base: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
@@ -284,13 +287,22 @@ class Recorder(TorchDispatchMode):
         return Program(self._operations, self._under, self._given, numbers)
 
 
-class _Piece(NamedTuple):
-    """Memory in the region."""
+class _Memory(NamedTuple):
+    """Of a value, in the region."""
 
     geometry: _Geometry
-    size: int  # bytes
-    first: int  # operation that writes it
-    last: int  # that reads it
+    piece: Piece  # moments are operations
+    offset: int = 0
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.offset, self.piece.size
+
+    def over(self, buffer: Any) -> Tensor:
+        """A tensor over other memory of this size."""
+        size, stride, start, (dtype, *_) = self.geometry
+        flat = torch.frombuffer(buffer, dtype=dtype, count=self.piece.size // dtype.itemsize)
+        return flat.as_strided_(size, stride, start)  # in place: no view of another tensor
 
 
 class _Bound(NamedTuple):
@@ -316,8 +328,14 @@ class Program:
     ) -> None:
         self._count, self._given, self._results = len(under), given, results
         self._operations = _gathered(_needed(operations, results))
-        self._pieces = _pieces(self._operations, under, results)
-        self._offsets, self.region = _placed(self._pieces)
+        self._memory, self._size = _memory(self._operations, under, results)
+        # Results that lie there are handed out, with their memory.
+        lies = {under[number].address: memory for number, memory in self._memory.items()}
+        kept = {}
+        for number in results:
+            if (memory := lies.get(under[number].address)) is not None:
+                kept[number] = memory._replace(geometry=under[number].geometry(number))
+        self._kept = sorted(kept.items(), key=lambda item: item[1].offset)
         scratch = (x for o in self._operations for x in o.args if type(x) is native.Scratch)
         self._scratch = max((x.size for x in scratch), default=0)
         self._bound: dict[tuple[int, int], list[_Bound]] = {}
@@ -329,8 +347,8 @@ class Program:
     @torch.no_grad()
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The results of the same operations on other inputs."""
-        region = map_memory.empty((max(self.region, 1),), torch.float32)
-        place = (region.data_ptr(), native.scratch(self._scratch))
+        region = map_memory.Region(self._size)
+        place = (region.address, native.scratch(self._scratch))
         bound = self._bound.get(place)
         if bound is None:
             while len(self._bound) >= _PLACES:
@@ -363,14 +381,18 @@ class Program:
             for i in last:
                 values[i] = None
             del result
+        buffers = region.part([memory.span for _, memory in self._kept])
+        for (i, memory), buffer in zip(self._kept, buffers, strict=True):
+            values[i] = memory.over(buffer)
         return [values[i] for i in self._results]
 
     def _bind(self, start: int) -> list[_Bound]:
         """The operations where the region lies at the address ``start``."""
-        static = {
-            number: _tensor(start + offset, self._pieces[number])
-            for number, offset in self._offsets.items()
-        }
+        static: dict[int, Tensor] = {}
+        for number, memory in self._memory.items():
+            # Not its owner: the region is.
+            array = ctypes.c_char * memory.piece.size
+            static[number] = memory.over(array.from_address(start + memory.offset))
 
         def known(x: Any) -> Any:
             return static.get(x.number, x) if type(x) is _Value else x
@@ -381,11 +403,9 @@ class Program:
                 continue
             args, kwargs = tree_map(known, (operation.args, operation.kwargs))
             if operation.is_view and not any(map(_is_value, tree_leaves((args, kwargs)))):
-                made = operation.function(*args, **kwargs)
-                made = [made] if isinstance(made, Tensor) else _leaves(made)
-                for number, x in zip(operation.results, made, strict=True):
-                    if number is not None:
-                        static[number] = x
+                views = _leaves(operation.function(*args, **kwargs))
+                made = zip(operation.results, views, strict=True)
+                static |= {number: x for number, x in made if number is not None}
         found = []
         for operation in reversed(self._operations):
             if operation.results and all(n is None or n in static for n in operation.results):
@@ -404,15 +424,6 @@ class Program:
             left |= numbers
             found.append(_Bound(function, tuple(args), kwargs, nested, operation.results, last))
         return found[::-1]
-
-
-def _tensor(address: int, piece: _Piece) -> Tensor:
-    """What lies at an address, as long as its memory is somebody's."""
-    size, stride, start, (dtype, *_) = piece.geometry
-    assert start == 0
-    count = max(piece.size // dtype.itemsize, 1)
-    block = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(block, dtype=dtype, count=count).as_strided(size, stride)
 
 
 def _needed(operations: Sequence[_Operation], results: Sequence[int]) -> list[_Operation]:
@@ -450,48 +461,34 @@ def _addresses(operation: _Operation) -> list[int]:
     return [x.untyped_storage()._cdata for x in _leaves((operation.args, operation.kwargs))]
 
 
-def _pieces(
+def _memory(
     operations: Sequence[_Operation], under: Sequence[_Storage], results: Sequence[int]
-) -> dict[int, _Piece]:
-    """What can lie in the region: memory that is made for what is written later, and of which
-    nothing is handed out."""
-    kept = {under[number].address for number in results}
+) -> tuple[dict[int, _Memory], int]:
+    """What lies in the region, and its size: memory that is made for what is written later, and of
+    results only what the maps' own memory would hold as well. Little ones that somebody keeps would
+    else leave no room for the next region."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for i, operation in enumerate(operations):
         for number in (*operation.values(), *operation.made()):
             last[under[number].address] = i
             first.setdefault(under[number].address, i)
-    found = {}
+    handed_out = collections.Counter(under[number].address for number in set(results))
+    last |= dict.fromkeys(handed_out, len(operations))
+    found: dict[int, _Memory] = {}
     for operation in operations:
         if operation.function not in _MAKES:
             continue
         (number,) = operation.made()
         storage = under[number]
-        geometry = next(iter(storage.values))
-        plain = geometry.kind[1:] == (False, False) and geometry.start == 0
-        if storage.address not in kept and storage.values[geometry] == number and plain:
+        geometry, of = next(iter(storage.values.items()))
+        plain = geometry.kind[1:] == (False, False) and geometry.start == 0 and storage.size > 0
+        if storage.address in handed_out:
+            alone = handed_out[storage.address] == 1
+            plain &= alone and storage.size >= map_memory.SMALLEST
+        if of == number and plain:
             span = (first[storage.address], last[storage.address])
-            found[number] = _Piece(geometry, storage.size, *span)
-    return found
-
-
-def _placed(pieces: dict[int, _Piece]) -> tuple[dict[int, int], int]:
-    """An offset for each, over others that are not read at the same time, and the end of all in
-    float32 elements. The largest come first, each at the lowest place that is free."""
-    offsets: dict[int, int] = {}
-    end = 0
-    for number, piece in sorted(pieces.items(), key=lambda item: -item[1].size):
-        taken = sorted(
-            (offset, offset + pieces[other].size)
-            for other, offset in offsets.items()
-            if pieces[other].first <= piece.last and piece.first <= pieces[other].last
-        )
-        offset = 0
-        for low, high in taken:
-            if offset + piece.size <= low:
-                break
-            offset = max(offset, -(-high // _ALIGNMENT) * _ALIGNMENT)
-        offsets[number] = offset
-        end = max(end, offset + piece.size)
-    return offsets, -(-end // 4)
+            found[number] = _Memory(geometry, Piece(storage.size, *span))
+    offsets, size = places([memory.piece for memory in found.values()])
+    placed = zip(found.items(), offsets, strict=True)
+    return {number: each._replace(offset=offset) for (number, each), offset in placed}, size

@@ -2,7 +2,7 @@
 
 What every kind of repeating shares: each shape and mode has an entry of its own, of which the KEPT
 used last stay; where hyperparameters change, or tensors take the place of others, all of them are
-dropped and made anew after WARM_UP steps as usual; what cannot be repeated stays eager for good,
+dropped and made anew after some steps as usual; what cannot be repeated stays eager for good,
 with one reason. How a step is repeated is in :mod:`pygan.step_graph` and
 :mod:`pygan.step_program`.
 """

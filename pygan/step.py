@@ -446,7 +446,13 @@ class AdversarialStep(_Step):
     def _finish(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> None:
-        with MemoryOrder() if self.device.type == "cpu" else contextlib.nullcontext():
+        if self.device.type != "cpu":
+            super()._finish(network, optimizer, scaler)
+            return
+        if not optimizer.state:
+            # What it makes now stays; memory that maps have left is not kept beside it.
+            map_memory.give_back()
+        with MemoryOrder():
             super()._finish(network, optimizer, scaler)
 
     def _run(self, inputs: Inputs) -> StepResult:

@@ -1,7 +1,7 @@
 """A training step on a CPU as a program of its operations: when it is recorded, when it is run.
 
-    a kind of step for the first  as usual; the last of WARM_UP is recorded while it is made
-      time
+    a kind of step for the first  as usual, twice: in the first optimizers make their state and it
+      time                          is seen which memory is taken; the second is recorded
     from then on                  the program is run, on the inputs that are given
     other shapes, strides, modes  programs of their own, the KEPT used last
     other hyperparameters, or     every program is dropped, and made anew
@@ -23,13 +23,16 @@ import torch
 from torch import Tensor
 
 from pygan.capturable import PythonState, why_not_repeatable
-from pygan.ops import dispatch
+from pygan.ops import dispatch, map_memory
 from pygan.pending import saving_is_watched
 from pygan.program import Program, Recorder
-from pygan.repeated_step import WARM_UP, Inputs, RepeatedStep
+from pygan.repeated_step import Inputs, RepeatedStep
 
 if TYPE_CHECKING:
     from pygan.step import StepResult
+
+
+WARM_UP = 2  # steps as usual, the recorded one among them
 
 
 class _Recorded(NamedTuple):
@@ -45,6 +48,7 @@ class _Entry:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.course = map_memory.Course()
         self.recorded: _Recorded | None = None
 
     @property
@@ -91,16 +95,21 @@ class ProgrammedStep(RepeatedStep[_Entry]):
             return self._run(entry.recorded, inputs)
         if entry.steps == 0 and not self._may_begin():
             return self._step.run_eagerly(inputs)
+        # Gradients of the step before would lie where others are to lie.
+        self._drop_gradients()
+        with map_memory.following(entry.course):
+            if entry.steps < WARM_UP - 1:
+                result = self._step.run_eagerly(inputs)
+            else:
+                result = self._record(entry, inputs)
+        # Not before: a step that raised has shown nothing.
         entry.steps += 1
-        if entry.steps < WARM_UP:
-            return self._step.run_eagerly(inputs)
-        return self._record(entry, inputs)
+        return result
 
     def _record(self, entry: _Entry, inputs: Inputs) -> StepResult:
         step = self._step
         self._look()
         before = PythonState(self._networks, self._optimizers, random_of_torch=False)
-        self._drop_gradients()
         # So that weights that autocast keeps in another type are the program's own.
         torch.clear_autocast_cache()
         recorder = Recorder([t for t in inputs if t is not None])

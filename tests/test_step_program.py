@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import pygan
 from pygan.pending import is_little
-from pygan.repeated_step import KEPT, WARM_UP
-from pygan.step_program import ProgrammedStep
+from pygan.repeated_step import KEPT
+from pygan.step_program import WARM_UP, ProgrammedStep
 
 STEPS = 9
 
