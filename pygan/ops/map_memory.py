@@ -47,16 +47,19 @@ class Course:
     among the others."""
 
     def __init__(self) -> None:
-        self._sizes: list[int] = []
-        self._spans: list[tuple[int, int]] = []
-        self._open: dict[int, int] = {}  # start of a block to its index
         self._places: list[int] | None = None
-        self._next = 0
+        self.begin()
 
     def begin(self) -> None:
+        """The code starts."""
         self._next = 0
+        if self._places is None:
+            self._sizes: list[int] = []
+            self._spans: list[tuple[int, int]] = []
+            self._open: dict[int, int] = {}  # start of a block to its index
 
     def end(self) -> None:
+        """The code has run to its end."""
         if self._places is None:
             pieces = [Piece(n, *span) for n, span in zip(self._sizes, self._spans, strict=True)]
             self._places, _ = places(pieces)
@@ -70,12 +73,14 @@ class Course:
         return self._places[self._next - 1] if known else None
 
     def took(self, start: int, size: int) -> None:
+        """A block is taken."""
         if self._places is None:
             self._open[start] = len(self._sizes)
             self._sizes.append(size)
             self._spans.append((len(self._spans), sys.maxsize))
 
     def gave(self, start: int) -> None:
+        """A block is free again."""
         if self._places is None and (i := self._open.pop(start, None)) is not None:
             self._spans[i] = (self._spans[i][0], len(self._spans) - 1)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import errno
 import gc
 import io
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pygan.ops import map_memory, native
-from pygan.ops.map_memory import SMALLEST, Arena
+from pygan.ops.map_memory import SMALLEST, Arena, Course, Region
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = (4, 32, 48, 48)  # 1.2 MB of float32
@@ -351,3 +352,96 @@ threading.Thread(target=lambda x: __import__("time").sleep(60), args=(kept,), da
 print("done")
 """
     )
+
+
+def _work(sizes: list[int]) -> tuple[list[int], int]:
+    """Blocks of a step that fragments memory: where they began, and the end of the highest."""
+    arena = map_memory._arena()
+    assert arena is not None
+    blocks = {}
+    starts = []
+    arena._high = 0
+    for i, size in enumerate(sizes):
+        blocks[i] = arena.allocate(size * MIB)
+        starts.append(blocks[i].place[0])
+        if i >= 2:
+            del blocks[i - 2]
+    return starts, arena._high
+
+
+def test_a_course_avoids_the_holes_of_its_first_time(small_arena: Arena) -> None:
+    sizes = [4, 3, 1, 5, 2, 6, 2, 7]
+    course = Course()
+    ends = []
+    for _ in range(3):
+        with map_memory.following(course):
+            ends.append(_work(sizes)[1])
+        assert all_free(small_arena)
+    most = max(sum(sizes[i : i + 3]) for i in range(len(sizes)))
+    assert ends[0] > most * MIB and ends[1:] == [most * MIB] * 2
+    starts, end = _work(sizes)  # without it, as in the first time
+    assert end == ends[0]
+    # Where a place is taken, or other blocks are asked for, it is as without a course.
+    taken = small_arena.allocate(MIB)
+    with map_memory.following(course):
+        assert _work(sizes)[0] != starts
+    with map_memory.following(course):
+        assert _work([9, 1])[0] == [taken.place[1], taken.place[1] + 9 * MIB]
+    del taken
+    assert all_free(small_arena)
+
+
+def test_a_course_that_failed_is_written_anew(small_arena: Arena) -> None:
+    course = Course()
+    with pytest.raises(RuntimeError), map_memory.following(course):
+        _work([1, 2, 3])
+        raise RuntimeError
+    for _ in range(2):
+        with map_memory.following(course):
+            _, end = _work([4, 3, 1, 5, 2, 6, 2, 7])
+    assert end == 15 * MIB and all_free(small_arena)
+
+
+def test_parts_of_a_region_outlive_it(small_arena: Arena) -> None:
+    region = Region(10 * MIB)
+    spans = [(MIB, MIB), (4 * MIB, 100), (9 * MIB, MIB)]
+    blocks = region.part(spans)
+    del region
+    between = [small_arena.allocate(size) for size in (MIB, 2 * MIB)]
+    assert [b.place for b in between] == [(0, MIB), (2 * MIB, 4 * MIB)]
+    starts = [b.place[0] for b in blocks]
+    assert starts == [offset for offset, _ in spans] and blocks[1].place[1] % 64 == 0
+    del blocks[1], between
+    assert small_arena.allocate(6 * MIB).place == (2 * MIB, 8 * MIB)
+    del blocks
+    assert all_free(small_arena)
+
+
+def test_a_region_without_an_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_memory, "_arena", lambda: None)
+    region = Region(1000)
+    array = (ctypes.c_char * 1000).from_address(region.address)
+    array[:] = bytes(i % 251 for i in range(1000))
+    first, second = region.part([(0, 64), (128, 200)])
+    assert bytes(first) == array[:64] and bytes(second) == array[128:328]
+    array[:] = bytes(1000)
+    assert bytes(second)[:3] == bytes((128, 129, 130))
+
+
+def test_pages_that_nobody_uses_go_back(small_arena: Arena) -> None:
+    kept, gone, above = (
+        torch.frombuffer(small_arena.allocate(8 * MIB), dtype=torch.uint8, count=8 * MIB)
+        for _ in range(3)
+    )
+    for x in (kept, gone, above):
+        x.fill_(1)
+    before = _resident()
+    del gone, x
+    map_memory.give_back()
+    assert before - _resident() > 7 * MIB
+    assert kept.all() and above.all()
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
