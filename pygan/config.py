@@ -139,7 +139,8 @@ def _add_training(add: Callable[..., None]) -> None:
     add("--amp", choices=("off", "bf16", "fp16", "auto"),
         help="mixed precision (default auto with --fused, otherwise off)")
     add("--graph", choices=("auto", "off", "on"),
-        help="with --fused, a step as one CUDA graph (default auto: where that is possible)")
+        help="with --fused, a step as one CUDA graph, on a CPU as one program of its operations "
+        "(default auto: where that is possible)")
     add("--sync-bn", action="store_true",
         help="batch norm over the processes that torchrun starts, not each on its own")
     add("--device", choices=("auto", "cpu", "cuda"), help="default auto")

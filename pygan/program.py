@@ -70,6 +70,8 @@ class _Value:
 
 
 class _Operation(NamedTuple):
+    """A function, torch's or one of :mod:`pygan.ops.recorded`, and what it is called with."""
+
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -418,7 +420,7 @@ class Program:
             nested = None if not values else len(values) > sum(map(_is_value, args))
             if function is _RUN and not values:
                 kernel, *rest = args
-                function, args = kernel, tuple(map(native.address, rest))
+                function, args = kernel, native.addresses(rest)
             numbers = {*values, *(n for n in operation.results if n is not None)}
             last = tuple(sorted(numbers - left))
             left |= numbers
@@ -450,7 +452,8 @@ def _gathered(operations: Sequence[_Operation]) -> list[_Operation]:
         if operation.function in _FILLS:
             return all(size <= _LITTLE for size in operation.sizes)
         # It changes what nobody else looks at: the count of a batch norm's batches.
-        return operation.function in _COUNTS and readers[_addresses(operation)[0]] == 1
+        alone = all(readers[address] == 1 for address in _addresses(operation))
+        return alone and operation.function in _COUNTS
 
     first = [operation for operation in operations if may_come_first(operation)]
     return first + [operation for operation in operations if not may_come_first(operation)]

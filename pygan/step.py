@@ -367,6 +367,8 @@ class AdversarialStep(_Step):
     - On a CUDA device the whole step is one graph, after three steps as usual for every shape, and
       one graph holds several of those that are given together, where that is faster: see
       :mod:`pygan.step_graph`.
+    - On a CPU it is a program of its operations, after two steps as usual for every shape: see
+      :mod:`pygan.step_program`.
 
     Convolution weights are brought to channels_last, in place.
 
@@ -384,12 +386,13 @@ class AdversarialStep(_Step):
         real_target: below 1 for one-sided label smoothing (Salimans et al. 2016), where the loss
             has targets.
         amp: "auto", "off", "bf16" or "fp16" (with a gradient scaler for each optimizer).
-        graph: "auto" captures a CUDA graph where that repeats all that a step does, and else says
-            once in the log what hinders it; "on" raises then; "off". Optimizers need
-            ``capturable=True`` for it. Changed hyperparameters, loaded states and train or eval
-            mode are seen; after another change in the networks, of a layer's momentum, say, or of
-            its hooks, call :meth:`recapture`. A learning rate that changes often is best a tensor
-            on the device, filled in place.
+        graph: "auto" captures a CUDA graph, or on a CPU a program, where that repeats all that a
+            step does, and else says once in the log what hinders it; "on" raises then; "off". A
+            graph needs optimizers with ``capturable=True``; a program is made of networks with code
+            of their own only where this is "on". Changed hyperparameters, loaded states and train
+            or eval mode are seen; after another change in the networks, of a layer's momentum, say,
+            or of its hooks, call :meth:`recapture`. A learning rate that changes often is best a
+            tensor on the device, filled in place.
         merge: one call of D for both halves, which is faster: "auto" (where it is known to be the
             same, and in float32 on a CPU for images of up to 1 MiB a step, because the maps of both
             halves take more memory), True or False to force.

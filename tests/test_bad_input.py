@@ -95,7 +95,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("--image-size big", "'big' is not a number; give 16, 32, 64, 128 or 256"),
         ("--amp half", "--amp: invalid choice: 'half'"),
         ("--graph on", "--graph on captures the fused step; add --fused"),
-        ("--graph on --fused", "graph is 'on' and the networks are on cpu"),
         ("--loss wgan", "--loss: invalid choice: 'wgan'"),
         ("--device tpu", "--device: invalid choice: 'tpu'"),
         ("--lr", "--lr: expected one argument"),

@@ -9,7 +9,7 @@ import mmap
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -80,20 +80,26 @@ class Scratch(NamedTuple):
 def run(kernel: Callable[..., None], *args: Any) -> None:
     """A kernel of the extension, with tensors, :class:`At`, :class:`Scratch` and None in the place
     of addresses."""
-    kernel(*map(address, args))
+    kernel(*addresses(args))
 
 
-def address(x: Any) -> Any:
-    """What the extension takes for an argument: the data pointer of an array, 0 for none."""
-    if isinstance(x, torch.Tensor):
-        return x.data_ptr()
-    if x is None:
-        return 0
-    if type(x) is At:
-        return x.tensor.data_ptr() + x.offset
-    if type(x) is Scratch:
-        return scratch(x.size)
-    return tuple(map(address, x)) if type(x) is tuple else x
+def addresses(args: Sequence[Any]) -> list[Any]:
+    """What the extension takes for arguments."""
+    return [x if (of := _address_of(type(x))) is None else of(x) for x in args]
+
+
+_address_of = {
+    torch.Tensor: torch.Tensor.data_ptr,
+    torch.nn.Parameter: torch.Tensor.data_ptr,
+    type(None): lambda none: 0,
+    At: lambda at: at.tensor.data_ptr() + at.offset,
+    Scratch: lambda wanted: scratch(wanted.size),
+}.get
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Data pointer, 0 for None: what the extension takes for an array."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def ask_for_huge_pages(memory: mmap.mmap, offset: int, size: int) -> None:
