@@ -95,6 +95,8 @@ WAYS = (
     ),
     Way("pygan fp32 step only", "fp32", pygan_step("off", kernels=False), full_only=True),
     Way("pygan bf16 step only", "bf16", pygan_step("bf16", kernels=False), full_only=True),
+    Way("pygan fp32 no program", "fp32", pygan_step("off", graph="off"), full_only=True),
+    Way("pygan bf16 no program", "bf16", pygan_step("bf16", graph="off"), full_only=True),
     Way("pygan fp32", "fp32", pygan_step("off")),
     Way("pygan bf16", "bf16", pygan_step("bf16")),
 )
@@ -228,7 +230,7 @@ CASES = {
             "dcgan64-batch512",
             Setup((3, 64, 64), batch=512),
             DECIDING,
-            at_most={"rounds": 7, "warmup_calls": 1},
+            at_most={"rounds": 7, "warmup_calls": 2},
         ),
         _case("dcgan64-width48", Setup((3, 64, 64), width=48), DECIDING, at_most={"rounds": 9}),
     )

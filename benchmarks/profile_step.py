@@ -2,10 +2,11 @@
 
 ``python -m benchmarks.profile_step --out FILE.json`` runs pygan's step on dcgan64 under torch's
 profiler in float32 and bfloat16 and prints Markdown; ``python -m benchmarks.report`` draws FILE's
-time line. What an operation of torch or a native kernel takes itself is counted, not what it calls;
-Python between them is "other". The floor of a native kernel is the longer of its
-multiplications at the measured peak and its bytes at the measured bandwidth (`benchmarks.work`):
-those of its own method, of which Winograd's transforms are no part.
+time line. The step is no program, which would not tell its phases: the kernels are the same. What
+an operation of torch or a native kernel takes itself is counted, not what it calls; Python between
+them is "other". The floor of a native kernel is the longer of its multiplications at the measured
+peak and its bytes at the measured bandwidth (`benchmarks.work`): those of its own method, of which
+Winograd's transforms are no part.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def _name_phases(step: Any) -> None:
 def measure(setup: Setup, amp: str, steps: int) -> dict[str, Any]:
     """``steps`` steps of pygan after a warm-up: the record of one precision."""
     torch.manual_seed(0)
-    stepper = pygan_step(amp)(setup.models(), torch.device("cpu"), DCGAN_ADAM)
+    stepper = pygan_step(amp, graph="off")(setup.models(), torch.device("cpu"), DCGAN_ADAM)
     _name_phases(stepper.step)
     real = setup.real(setup.batch, torch.Generator().manual_seed(2))
     extension = native.load()

@@ -85,16 +85,22 @@ def run(kernel: Callable[..., None], *args: Any) -> None:
 
 def addresses(args: Sequence[Any]) -> list[Any]:
     """What the extension takes for arguments."""
-    return [x if (of := _address_of(type(x))) is None else of(x) for x in args]
+    return [_address_of(type(x), _address_if_tensor)(x) for x in args]
 
 
-_address_of = {
+def _address_if_tensor(x: Any) -> Any:
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x
+
+
+_ADDRESSES: dict[type, Callable[[Any], Any]] = {
+    **{kind: kind for kind in (int, float, bool)},
     torch.Tensor: torch.Tensor.data_ptr,
     torch.nn.Parameter: torch.Tensor.data_ptr,
     type(None): lambda none: 0,
     At: lambda at: at.tensor.data_ptr() + at.offset,
     Scratch: lambda wanted: scratch(wanted.size),
-}.get
+}
+_address_of = _ADDRESSES.get
 
 
 def address(tensor: torch.Tensor | None) -> int:
