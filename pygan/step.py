@@ -390,9 +390,10 @@ class AdversarialStep(_Step):
             step does, and else says once in the log what hinders it; "on" raises then; "off". A
             graph needs optimizers with ``capturable=True``; a program is made of networks with code
             of their own only where this is "on". Changed hyperparameters, loaded states and train
-            or eval mode are seen; after another change in the networks, of a layer's momentum, say,
-            or of its hooks, call :meth:`recapture`. A learning rate that changes often is best a
-            tensor on the device, filled in place.
+            or eval mode are seen, on a CPU hooks and a layer's numbers too; after another change in
+            the networks, on a GPU of a layer's momentum, say, or of its hooks, call
+            :meth:`recapture`. A learning rate that changes often is best a tensor on the device,
+            filled in place.
         merge: one call of D for both halves, which is faster: "auto" (where it is known to be the
             same, and in float32 on a CPU for images of up to 1 MiB a step, because the maps of both
             halves take more memory), True or False to force.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pygan.capturable import PythonState, why_not_repeatable
+from pygan.layers import globally_hooked
 from pygan.ops import dispatch, map_memory
 from pygan.pending import saving_is_watched
 from pygan.program import Program, Recorder
@@ -86,9 +87,25 @@ class ProgrammedStep(RepeatedStep[_Entry]):
     def _why_not(self) -> str | None:
         return why_not_repeatable(self._networks, self._optimizers, any_code=self._required)
 
+    def _look(self) -> None:
+        super()._look()
+        # What a layer is set to by a number: a slope, a momentum, a share.
+        self._numbers = [
+            (vars(m), name)
+            for m in self._modules
+            for name, x in vars(m).items()
+            if type(x) is float
+        ]
+
     def _key(self, inputs: Inputs) -> Any:
         strides = [None if t is None else t.stride() for t in inputs]
-        return (*super()._key(inputs), *strides, torch.get_num_threads(), dispatch.encoded_wish())
+        modes = torch.get_num_threads(), dispatch.encoded_wish(), globally_hooked()
+        numbers = [values.get(name) for values, name in self._numbers]
+        # Somebody who looks at a layer on a CPU does so in any step.
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules]
+        hooks += [len(m._backward_hooks) + len(m._backward_pre_hooks) for m in self._modules]
+        hooks += [len(p._backward_hooks or ()) for p in self._parameters]
+        return (*super()._key(inputs), *strides, *modes, *numbers, *hooks)
 
     def _advance(self, entry: _Entry, inputs: Inputs) -> StepResult:
         if entry.recorded is not None:

@@ -276,14 +276,30 @@ def _thread(step: pygan.AdversarialStep) -> None:
 
 
 def _hook(step: pygan.AdversarialStep) -> None:
-    """Not seen, as after a graph; the step is told."""
     step.D.main[0].register_forward_hook(lambda module, args, out: out * 2)
+
+
+def _hook_of_a_gradient(step: pygan.AdversarialStep) -> None:
+    step.D.main[0].weight.register_hook(lambda grad: grad * 2)
+
+
+def _slope(step: pygan.AdversarialStep) -> None:
+    step.D.main[1].negative_slope = 0.5
+
+
+def _momentum(step: pygan.AdversarialStep) -> None:
+    step.G.main[1].momentum = 0.3
+
+
+def _exchange(step: pygan.AdversarialStep) -> None:
+    """Not seen, as after a graph; the step is told."""
+    step.D.main[1] = nn.ReLU()
     step.recapture()
 
 
 CHANGES = (
     *(_lower_rates, _load_optimizer, _load_networks, _data, _edit, _evaluate, _freeze, _weigh),
-    *(_reseed, _reset, _thread, _hook),
+    *(_reseed, _reset, _thread, _hook, _hook_of_a_gradient, _slope, _momentum, _exchange),
 )
 
 
