@@ -326,17 +326,18 @@ class Region:
         size = max(size, 1)
         self._arena = _arena()
         self._block: Any = None if self._arena is None else self._arena.allocate(size)
-        if self._block is None:
-            self._block, self._arena = (ctypes.c_char * size)(), None
-        self.address = ctypes.addressof(self._block)
+        if self._block is not None:
+            self.address = ctypes.addressof(self._block)
+        else:
+            self._block, self._arena = torch.empty(size, dtype=torch.uint8), None
+            self.address = self._block.data_ptr()
 
     def part(self, spans: Sequence[tuple[int, int]]) -> list[Any]:
         """Objects with the buffer protocol that own the spans (offset, size), ascending, from now
         on; the rest is given up."""
         if self._arena is not None:
             return self._arena.parts(self._block, spans)
-        whole = memoryview(self._block)
-        return [(ctypes.c_char * n).from_buffer_copy(whole[o : o + n]) for o, n in spans]
+        return [self._block[o : o + n].clone().numpy() for o, n in spans]
 
 
 def following(course: Course) -> contextlib.AbstractContextManager[None]:

@@ -420,6 +420,7 @@ def test_parts_of_a_region_outlive_it(small_arena: Arena) -> None:
 def test_a_region_without_an_arena(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(map_memory, "_arena", lambda: None)
     region = Region(1000)
+    assert region.address % 64 == 0
     array = (ctypes.c_char * 1000).from_address(region.address)
     array[:] = bytes(i % 251 for i in range(1000))
     first, second = region.part([(0, 64), (128, 200)])
