@@ -315,7 +315,7 @@ class _Bound(NamedTuple):
     kwargs: dict[str, Any]
     nested: bool | None  # whether values lie deeper than among the arguments; None without any
     results: tuple[int | None, ...]
-    last: tuple[int, ...]  # values that nobody reads any more
+    last: tuple[int, ...] = ()  # values that nobody reads any more
 
 
 class Program:
@@ -399,33 +399,34 @@ class Program:
         def known(x: Any) -> Any:
             return static.get(x.number, x) if type(x) is _Value else x
 
-        left = set(self._results)
+        found: list[_Bound] = []
         for operation in self._operations:
             if any(number in static for number in operation.made()):
                 continue
             args, kwargs = tree_map(known, (operation.args, operation.kwargs))
-            if operation.is_view and not any(map(_is_value, tree_leaves((args, kwargs)))):
-                views = _leaves(operation.function(*args, **kwargs))
-                made = zip(operation.results, views, strict=True)
+            values = sum(map(_is_value, tree_leaves((args, kwargs))))
+            function, results = operation.function, operation.results
+            if operation.is_view and not values:
+                made = zip(results, _leaves(function(*args, **kwargs)), strict=True)
                 static |= {number: x for number, x in made if number is not None}
-        found = []
-        for operation in reversed(self._operations):
-            if operation.results and all(n is None or n in static for n in operation.results):
-                if not operation.changes:
-                    continue
-                operation = operation._replace(results=())
-            args, kwargs = tree_map(known, (operation.args, operation.kwargs))
-            function, leaves = operation.function, tree_leaves((args, kwargs))
-            values = [x.number for x in leaves if _is_value(x)]
-            nested = None if not values else len(values) > sum(map(_is_value, args))
+                continue
             if function is _RUN and not values:
-                kernel, *rest = args
-                function, args = kernel, native.addresses(rest)
-            numbers = {*values, *(n for n in operation.results if n is not None)}
-            last = tuple(sorted(numbers - left))
-            left |= numbers
-            found.append(_Bound(function, tuple(args), kwargs, nested, operation.results, last))
-        return found[::-1]
+                function, args = args[0], native.addresses(args[1:])
+            nested = values > sum(map(_is_value, args)) if values else None
+            found.append(_Bound(function, tuple(args), kwargs, nested, results))
+        return _with_last_readers(found, self._results)
+
+
+def _with_last_readers(operations: Sequence[_Bound], results: Sequence[int]) -> list[_Bound]:
+    left = set(results)
+    found = []
+    for operation in reversed(operations):
+        leaves = tree_leaves((operation.args, operation.kwargs))
+        numbers = {x.number for x in leaves if _is_value(x)}
+        numbers |= {number for number in operation.results if number is not None}
+        found.append(operation._replace(last=tuple(sorted(numbers - left))))
+        left |= numbers
+    return found[::-1]
 
 
 def _needed(operations: Sequence[_Operation], results: Sequence[int]) -> list[_Operation]:

@@ -10,6 +10,7 @@ with one reason. How a step is repeated is in :mod:`pygan.step_graph` and
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pygan")
 
-WARM_UP = 3
 KEPT = 4
 # What is made anew all the time costs more than it saves.
 _TRIED = 8
@@ -68,7 +68,7 @@ class Entry(Protocol):
 AnEntry = TypeVar("AnEntry", bound=Entry)
 
 
-class RepeatedStep(Generic[AnEntry]):
+class RepeatedStep(ABC, Generic[AnEntry]):
     """The steps of an :class:`pygan.AdversarialStep`, repeated.
 
     Args:
@@ -132,21 +132,22 @@ class RepeatedStep(Generic[AnEntry]):
         assert inputs.which is not None
         return [self(inputs.at(i)) for i in range(len(inputs.which))]
 
+    @abstractmethod
     def _entry(self) -> AnEntry:
-        raise NotImplementedError
+        """One for a kind of step that is new."""
 
+    @abstractmethod
     def _rests(self, inputs: Inputs) -> bool:
         """Whether this call is to be eager, without a word."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _advance(self, entry: AnEntry, inputs: Inputs) -> StepResult:
         """A step as usual, or repeated."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _why_not(self) -> str | None:
         """Why these networks and optimizers cannot be repeated, as far as it can be told without a
         step."""
-        raise NotImplementedError
 
     def _key(self, inputs: Inputs) -> Any:
         given = [None if t is None else (t.shape, t.dtype, t.device) for t in inputs]

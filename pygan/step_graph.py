@@ -28,13 +28,14 @@ from torch import Tensor
 from pygan.capturable import PythonState, why_not_capturable
 from pygan.cuda_graph import CaptureError
 from pygan.pace import SAMPLE, SIZES, Pace
-from pygan.repeated_step import WARM_UP, Inputs, RepeatedStep
+from pygan.repeated_step import Inputs, RepeatedStep
 
 if TYPE_CHECKING:
     from pygan.step import AdversarialStep, StepResult
 
 logger = logging.getLogger("pygan")
 
+WARM_UP = 3  # steps as usual
 _NAMES = tuple(map(str, SIZES))
 
 

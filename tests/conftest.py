@@ -50,6 +50,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """The networks of the tests are small; their layers run by the kernels all the same."""

@@ -22,20 +22,14 @@ from pygan import cuda_graph
 from pygan.capturable import line_of
 from pygan.cuda_graph import CaptureError
 from pygan.pace import SAMPLE, SAMPLES, SIZES, Pace
-from pygan.repeated_step import KEPT, WARM_UP
-from pygan.step_graph import GraphedStep
+from pygan.repeated_step import KEPT
+from pygan.step_graph import WARM_UP, GraphedStep
 
 SIZE, BATCH, NZ = 16, 8, 12
 STEPS = 20
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The networks are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # the networks are too small for more
 
 
 class Replay:
@@ -192,10 +186,13 @@ def everything(step: pygan.AdversarialStep) -> dict[str, Tensor]:
     return found
 
 
-def require_equal(one: pygan.AdversarialStep, other: pygan.AdversarialStep) -> None:
-    ours, theirs = everything(one), everything(other)
+def require_equal_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     assert not [k for k in ours if not torch.equal(ours[k], theirs[k])]
+
+
+def require_equal(one: pygan.AdversarialStep, other: pygan.AdversarialStep) -> None:
+    require_equal_tensors(everything(one), everything(other))
     assert one.state_dict() == other.state_dict()
 
 
@@ -239,7 +236,7 @@ def test_shapes_have_graphs_of_their_own_and_few_are_kept() -> None:
     assert len(graphs.replays) == KEPT + 1
 
 
-def _lower_rates(step: pygan.AdversarialStep) -> None:
+def lower_rates(step: pygan.AdversarialStep) -> None:
     for optimizer in (step.opt_g, step.opt_d):
         optimizer.param_groups[0]["lr"] *= 0.1
 
@@ -248,30 +245,30 @@ def _fill_rates(step: pygan.AdversarialStep) -> None:
     step.opt_d.param_groups[0]["lr"].mul_(0.1)
 
 
-def _load_optimizer(step: pygan.AdversarialStep) -> None:
+def load_optimizer(step: pygan.AdversarialStep) -> None:
     state = copy.deepcopy(step.opt_d.state_dict())
     for values in state["state"].values():
         values["exp_avg"].mul_(-2)
     step.opt_d.load_state_dict(state)
 
 
-def _load_networks(step: pygan.AdversarialStep) -> None:
+def load_networks(step: pygan.AdversarialStep) -> None:
     step.G.load_state_dict({k: v * 0.5 for k, v in step.G.state_dict().items()})
 
 
-def _evaluate(step: pygan.AdversarialStep) -> None:
+def evaluate(step: pygan.AdversarialStep) -> None:
     step.G.eval()
 
 
-def _freeze(step: pygan.AdversarialStep) -> None:
+def freeze(step: pygan.AdversarialStep) -> None:
     step.D.main[0].weight.requires_grad_(False)
 
 
-def _weigh(step: pygan.AdversarialStep) -> None:
+def weigh(step: pygan.AdversarialStep) -> None:
     step.loss_weight = 0.5
 
 
-def _reseed(step: pygan.AdversarialStep) -> None:
+def reseed(step: pygan.AdversarialStep) -> None:
     assert step.generator is not None
     step.generator.manual_seed(99)
 
@@ -279,14 +276,14 @@ def _reseed(step: pygan.AdversarialStep) -> None:
 @pytest.mark.parametrize(
     ("change", "captures"),
     [
-        (_lower_rates, 2),
+        (lower_rates, 2),
         (_fill_rates, 2),
-        (_load_optimizer, 2),
-        (_load_networks, 1),
-        (_evaluate, 2),
-        (_freeze, 2),
-        (_weigh, 2),
-        (_reseed, 1),
+        (load_optimizer, 2),
+        (load_networks, 1),
+        (evaluate, 2),
+        (freeze, 2),
+        (weigh, 2),
+        (reseed, 1),
     ],
 )
 def test_changes_after_the_capture_take_effect(
@@ -802,7 +799,7 @@ def test_gpu_curves_of_500_steps_are_eager_ones() -> None:
 
 @pytest.mark.gpu
 def test_gpu_changes_after_the_capture_take_effect() -> None:
-    for change in (_lower_rates, _load_optimizer, _load_networks, _evaluate, _weigh):
+    for change in (lower_rates, load_optimizer, load_networks, evaluate, weigh):
         losses = []
         for graph in ("off", "on"):
             step = gpu_step(graph=graph)
@@ -938,7 +935,7 @@ def test_shapes_have_graphs_of_several_steps_of_their_own() -> None:
     assert sum(not r.closed for r in graphs.replays) == 4
 
 
-@pytest.mark.parametrize("change", [_lower_rates, _load_optimizer, _evaluate, _weigh])
+@pytest.mark.parametrize("change", [lower_rates, load_optimizer, evaluate, weigh])
 def test_several_steps_see_changes_after_their_capture(
     change: Callable[[pygan.AdversarialStep], None],
 ) -> None:

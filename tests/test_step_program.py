@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,8 +18,16 @@ from test_step_graph import (
     Drawing,
     Hooked,
     batch,
+    evaluate,
     everything,
+    freeze,
+    load_networks,
+    load_optimizer,
+    lower_rates,
     require_equal,
+    require_equal_tensors,
+    reseed,
+    weigh,
 )
 from torch import Tensor, nn
 
@@ -32,13 +39,7 @@ from pygan.step_program import WARM_UP, ProgrammedStep
 STEPS = 9
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The networks are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # the networks are too small for more
 
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
@@ -56,14 +57,10 @@ def make(
     width: int = 8,
     fused: bool = True,
     average: bool = False,
-    networks: Callable[[], tuple[nn.Module, nn.Module]] | None = None,
     **settings: Any,
 ) -> pygan.AdversarialStep:
     torch.manual_seed(0)
-    if networks is None:
-        G, D = pygan.models.dcgan(SIZE, 1, nz=NZ, ngf=width, ndf=width)
-    else:
-        G, D = networks()
+    G, D = pygan.models.dcgan(SIZE, 1, nz=NZ, ngf=width, ndf=width)
     if last is not None:
         D.main.append(last)
     for network in (G, D):
@@ -119,12 +116,9 @@ def require_same_steps(
 
 def require_equal_states(one: pygan.AdversarialStep, other: pygan.AdversarialStep) -> None:
     if one.ema is not None and other.ema is not None:
-        ours, theirs = (s.ema.network.state_dict() for s in (one, other))
-        assert not [k for k in ours if not torch.equal(ours[k], theirs[k])]
+        require_equal_tensors(one.ema.network.state_dict(), other.ema.network.state_dict())
         assert torch.equal(one.ema.updates, other.ema.updates)
-        ours, theirs = everything(one), everything(other)
-        assert ours.keys() == theirs.keys()
-        assert not [k for k in ours if not torch.equal(ours[k], theirs[k])]
+        require_equal_tensors(everything(one), everything(other))
     else:
         require_equal(one, other)
 
@@ -226,22 +220,6 @@ def test_shapes_have_programs_of_their_own_and_few_are_kept() -> None:
     assert len(graphed._entries) == KEPT and graphed._made == KEPT + 2
 
 
-def _lower_rates(step: pygan.AdversarialStep) -> None:
-    for optimizer in (step.opt_g, step.opt_d):
-        optimizer.param_groups[0]["lr"] *= 0.1
-
-
-def _load_optimizer(step: pygan.AdversarialStep) -> None:
-    state = copy.deepcopy(step.opt_d.state_dict())
-    for values in state["state"].values():
-        values["exp_avg"].mul_(-2)
-    step.opt_d.load_state_dict(state)
-
-
-def _load_networks(step: pygan.AdversarialStep) -> None:
-    step.G.load_state_dict({k: v * 0.5 for k, v in step.G.state_dict().items()})
-
-
 def _data(step: pygan.AdversarialStep) -> None:
     weight = step.G.main[0].weight
     weight.data = weight.data * 0.5
@@ -249,22 +227,6 @@ def _data(step: pygan.AdversarialStep) -> None:
 
 def _edit(step: pygan.AdversarialStep) -> None:
     step.G.main[0].weight.data.mul_(0.5)
-
-
-def _evaluate(step: pygan.AdversarialStep) -> None:
-    step.G.eval()
-
-
-def _freeze(step: pygan.AdversarialStep) -> None:
-    step.D.main[0].weight.requires_grad_(False)
-
-
-def _weigh(step: pygan.AdversarialStep) -> None:
-    step.loss_weight = 0.5
-
-
-def _reseed(step: pygan.AdversarialStep) -> None:
-    step.generator.manual_seed(99)
 
 
 def _reset(step: pygan.AdversarialStep) -> None:
@@ -298,8 +260,8 @@ def _exchange(step: pygan.AdversarialStep) -> None:
 
 
 CHANGES = (
-    *(_lower_rates, _load_optimizer, _load_networks, _data, _edit, _evaluate, _freeze, _weigh),
-    *(_reseed, _reset, _thread, _hook, _hook_of_a_gradient, _slope, _momentum, _exchange),
+    *(lower_rates, load_optimizer, load_networks, _data, _edit, evaluate, freeze, weigh),
+    *(reseed, _reset, _thread, _hook, _hook_of_a_gradient, _slope, _momentum, _exchange),
 )
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from pygan.ops import native
-from pygan.ops.placement import ALIGNMENT, Piece, places
+from pygan.ops.placement import Piece, aligned, places
 from pygan.ops.recorded import recorded
 
 SMALLEST = 1 << 18  # bytes; below it the heap does well
@@ -36,10 +36,6 @@ SMALLEST = 1 << 18  # bytes; below it the heap does well
 # a loop never gives back what its next step takes.
 _PERIOD = 4096
 _RESERVE_AT_LEAST = 1 << 28
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class Course:
@@ -126,9 +122,8 @@ class Arena:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            while self._returned:
-                self._release(*self._returned.popleft())
-            size = _aligned(size)
+            self._take_back()
+            size = aligned(size)
             start = self._lowest(size)
             if start is None:
                 return None
@@ -182,7 +177,7 @@ class Arena:
         block.place = (end, end)
         found, at = [], start
         for offset, size in spans:
-            first, last = start + offset, start + offset + _aligned(size)
+            first, last = start + offset, start + offset + aligned(size)
             self._returned.append((at, first))
             found.append(self._owner(first, last))
             at = last
@@ -194,8 +189,7 @@ class Arena:
         if not self._lock.acquire(blocking=False):
             return
         try:
-            while self._returned:
-                self._release(*self._returned.popleft())
+            self._take_back()
             for start, end in self._free:
                 self._discard(start, min(end, max(self._touched, self._high)))
         finally:
@@ -206,6 +200,10 @@ class Arena:
         end = end // mmap.PAGESIZE * mmap.PAGESIZE
         if start < end:
             self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def _take_back(self) -> None:
+        while self._returned:
+            self._release(*self._returned.popleft())
 
     def _release(self, start: int, end: int) -> None:
         if start == end:

@@ -8,6 +8,10 @@ from typing import NamedTuple
 ALIGNMENT = 64
 
 
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 class Piece(NamedTuple):
     size: int  # bytes
     first: int  # moment in which it is used
@@ -28,7 +32,7 @@ def places(pieces: Sequence[Piece]) -> tuple[list[int], int]:
         for low, size in sorted((offsets[j], pieces[j].size) for j in beside):
             if offset + piece.size <= low:
                 break
-            offset = max(offset, -(-(low + size) // ALIGNMENT) * ALIGNMENT)
+            offset = max(offset, aligned(low + size))
         offsets[i] = offset
         done.append(i)
     return offsets, max((o + p.size for o, p in zip(offsets, pieces, strict=True)), default=0)
