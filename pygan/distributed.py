@@ -9,6 +9,7 @@ between CPUs. The first process writes the run's folder.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -117,6 +118,9 @@ def joined(here: World, device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # Wrapped networks hold the group in cycles. Its threads have to end with it: one that lets
+        # go of a tensor while the interpreter ends aborts the process.
+        gc.collect()
 
 
 def is_lost(error: BaseException) -> bool:

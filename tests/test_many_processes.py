@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -373,3 +375,38 @@ def test_networks_that_are_parallel_already(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
     assert torch.equal(first["parallel"], second["parallel"])
     torch.testing.assert_close(first["parallel"], first["alone"], rtol=1e-4, atol=1e-6)
+
+
+# The threads of a group
+
+
+def _gloo_threads() -> int:
+    """How many threads of this process are gloo's."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
+
+
+def _leaving_worker(rank: int, port: int, folder: str) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    gc.disable()  # what a process has after it must not hang on when it was last collected
+    with distributed.joined(world(), cpu):
+        network = distributed.parallel(nn.Linear(2, 1))
+        network(torch.ones(4, 2)).sum().backward()
+        del network
+        inside = _gloo_threads()
+    Path(folder, str(rank)).write_text(json.dumps([inside, _gloo_threads()]))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc to find the threads")
+def test_no_thread_of_a_group_is_left_when_a_process_ends(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_leaving_worker, (port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        inside, after = json.loads((tmp_path / str(rank)).read_text())
+        assert inside > 0 and after == 0
