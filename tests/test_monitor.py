@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import diagnosis
 import pytest
 import torch
+from diagnosis import CASES, HEALTHY_SEEDS, Case, diagnose
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from training import resume, train
@@ -226,58 +229,39 @@ def test_too_few_real_images_are_refused(real: Tensor) -> None:
         Monitor(*dcgan(16, 1, NZ, 8, 8), real=real[:50])
 
 
-def _trained(
-    steps: int,
-    width: int = 16,
-    batch_size: int = 32,
-    change: Callable[[Networks], None] | None = None,
-    **settings: object,
-) -> list[Finding]:
-    """Findings of a run on Fashion-MNIST at 16 pixels."""
-    config = Config(
-        batch_size=batch_size, nz=32, ngf=width, ndf=width, amp="off", fused=True, **settings
-    )  # type: ignore[arg-type]
-    images, device = data.load("fashion-mnist", image_size=16), torch.device("cpu")
-    networks, batches = Networks(config, 16, 1, device), Batches(config, images, device)
-    if change is not None:
-        change(networks)
-    real = torch.from_numpy(images.images[::20]).permute(0, 3, 1, 2)
-    monitor = Monitor(networks.G, networks.D, real=real, nz=32, loss=config.loss)
-    found = []
-    for step in range(1, steps + 1):
-        monitor.update(*networks.step(batches.real(step), batches.latent())[:4])
-        if step % 20 == 0:
-            found += monitor.check(step)
-    return found
-
-
-def _rate(network: str, factor: float) -> Callable[[Networks], None]:
-    def change(networks: Networks) -> None:
-        optimizer = networks.opt_g if network == "G" else networks.opt_d
-        for group in optimizer.param_groups:
-            group["lr"] *= factor
-
-    return change
+def test_every_fault_has_a_run_that_is_broken_on_purpose() -> None:
+    assert {case.code for case in CASES} == {None, *FAULTS}
 
 
 @pytest.mark.parametrize(
-    ("code", "network", "factor"), [("d_overpowers", "G", 0.0), ("d_fooled", "D", 0.0)]
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] * (c.steps > 1000), id=c.code) for c in CASES[1:]],
 )
-def test_runs_with_one_network_at_rest_are_diagnosed(
-    code: str, network: str, factor: float
-) -> None:
-    assert code in _codes(_trained(440, 8, 16, _rate(network, factor)))
+def test_broken_runs_are_diagnosed(case: Case) -> None:
+    assert len(diagnose(case, [0]).steps) == 1
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_healthy_runs_get_no_finding(seed: int) -> None:
-    assert _trained(520, seed=seed) == []
+    assert replace(CASES[0], steps=520).run(seed) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 10))
+@pytest.mark.parametrize("seed", range(2, HEALTHY_SEEDS))
 def test_more_healthy_runs_get_no_finding(seed: int) -> None:
-    assert _trained(700, seed=seed) == []
+    assert CASES[0].run(seed) == []
+
+
+def test_a_fault_that_is_missed_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missed = Case("nothing", "copies", 20)
+    monkeypatch.setattr(diagnosis, "CASES", (replace(missed, code=None), missed))
+    out = tmp_path / "table.md"
+    assert diagnosis.main(["--seeds=1", f"--out={out}"]) == 1
+    assert "| nothing | nothing | 1 of 1 |" in out.read_text()
+    assert "| nothing | samples copy training images | 0 of 1 |" in out.read_text()
+    assert capsys.readouterr().out.strip() == out.read_text().strip()
 
 
 def test_fixes_are_few_and_survive() -> None:

@@ -248,7 +248,8 @@ class Monitor:
         return {
             "mode_collapse": (collapsed, of("spread", "duplicates"), ""),
             "partial_collapse": (s["missing"] > 0.4 and not collapsed, of("missing", "spread"), ""),
-            "copies": (s["copies"] > 0.3, of("copies"), ""),
+            # Real images that are none of these reach 0.05.
+            "copies": (s["copies"] > 0.1, of("copies"), ""),
         }
 
     def _judge(
