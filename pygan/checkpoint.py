@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pygan import cli
 from pygan.data.arrays import check_room
 from pygan.data.image_list import SIZES
-from pygan.errors import UserError
+from pygan.errors import UserError, printable
 from pygan.models import Generator
 from pygan.run_folder import PREVIOUS, RESUME
 
@@ -289,7 +289,8 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: Path | str
             raise UserError(f"{source} lacks {name}; its network is another, so give its own flags")
         if name in state and name not in mine:
             raise UserError(
-                f"{source} has {name}, which this network has not; give the flags of its network"
+                f"{source} has {printable(name)}, which this network has not; give the flags of "
+                "its network"
             )
         if name in state and state[name].shape != mine[name].shape:
             raise UserError(
@@ -362,10 +363,10 @@ def load_generator(source: Path) -> tuple[Generator, dict[str, int]]:
     arguments = about.get("arguments") if about.get("network") == "dcgan.Generator" else None
     arguments = arguments or dcgan_arguments(state)
     if not _are_arguments(arguments):
+        first = ", ".join(f"{n} {list(t.shape)}" for n, t in list(state.items())[:2])
         raise UserError(
             f"{path} does not hold a DCGAN generator (its first tensors are "
-            f"{', '.join(f'{n} {list(t.shape)}' for n, t in list(state.items())[:2])}); give the "
-            "weights of netG"
+            f"{printable(first)}); give the weights of netG"
         )
     # What is in the file has to fit before memory is taken for it.
     with torch.device("meta"):

@@ -15,6 +15,7 @@ from PIL import Image
 from training import train
 
 from pygan import checkpoint, sample
+from pygan.errors import UserError
 from pygan.models import Discriminator, Generator, dcgan
 from pygan.sample import generate, grid, interpolations, latents, main, slerp
 
@@ -282,6 +283,15 @@ class Program:
 
     def __reduce__(self) -> tuple[object, ...]:
         return os.mkdir, ("made",)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_names_of_tensors_break_no_line(whole: bool, tmp_path: Path) -> None:
+    state = Generator(16, 1, 8, 8).state_dict() if whole else {}
+    torch.save(dict(state) | {"main.\n9": torch.zeros(1)}, tmp_path / "it.pth")
+    with pytest.raises(UserError, match=r"main\.\\n9") as raised:
+        checkpoint.load_generator(tmp_path / "it.pth")
+    assert "\n" not in str(raised.value)
 
 
 def test_weights_with_a_flipped_bit_are_refused(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import unicodedata
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from pygan.data import decode
 from pygan.data.image_list import ImageList
-from pygan.errors import UserError
+from pygan.errors import UserError, printable
 
 _CHUNK = 32  # images per task: large enough to hide a task's cost, small enough to share out evenly
 log = logging.getLogger("pygan.data")
@@ -204,9 +203,3 @@ def cores() -> int:
     """Cores that this process may use, at most 32: beyond, threads wait for Python's lock."""
     usable = getattr(os, "sched_getaffinity", None)
     return min(32, len(usable(0)) if usable else os.cpu_count() or 1)
-
-
-def printable(name: str) -> str:
-    """With what breaks a line or stands for no character as an escape."""
-    unseen = {c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
-    return name.translate({ord(c): c.encode("unicode_escape").decode() for c in unseen})

@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from pygan.data.build import Job, Unreadable, cores, decode_one, printable
+from pygan.data.build import Job, Unreadable, cores, decode_one
 from pygan.data.image_list import ImageList
 from pygan.data.image_set import ImageSet, in_memory
 from pygan.data.order import StreamOrder, shuffled
-from pygan.errors import UserError
+from pygan.errors import UserError, printable
 
 WINDOW_IMAGES, WINDOW_BYTES = 8192, 256 << 20  # at most, in a window and in a sample
 PROBES = 256  # images, to find out whether a stream is grey

@@ -14,8 +14,7 @@ from PIL import Image
 
 from pygan import data
 from pygan.data import decode
-from pygan.data.build import printable
-from pygan.errors import UserError
+from pygan.errors import UserError, printable
 
 
 def picture(path: Path, value: int, mode: str = "L") -> None:
