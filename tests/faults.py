@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pages import publish
 from PIL import Image
 from training import TINY, session, weights
 
@@ -425,21 +426,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options: Any = parser.parse_args(arguments)
     rows = cause(options.tries, options.kills, options.seed)
     command = f"python tests/faults.py --kills {options.kills} --tries {options.tries}"
-    lines = [
-        "# What becomes of a run when something goes wrong",
-        "",
+    publish(
+        "What becomes of a run when something goes wrong",
         f"Tiny runs of {STEPS} steps, saved every 20th, at moments drawn with seed {options.seed}. "
         "Nothing that was reported saved was lost.",
-        "",
-        *table(rows),
-        "",
-        f"`{command} --seed {options.seed}`",
-        "",
-    ]
-    text = "\n".join(lines)
-    print(text)
-    if options.out:
-        options.out.write_text(text)
+        table(rows),
+        f"{command} --seed {options.seed}",
+        options.out,
+    )
     return 0
 
 
