@@ -302,7 +302,14 @@ setup(
         "data": [*DATA, "datasets>=2.19"],
         "viz": VIZ,
         "eval": ["torch-fidelity"],
-        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "clang-format==23.1.5", XDIST],
+        "dev": [
+            *TEST,
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "clang-format==23.1.5",
+            "pip-audit==2.10.1",
+            XDIST,
+        ],
     },
     entry_points={
         "console_scripts": ["pygan = pygan.__main__:main"],
