@@ -370,7 +370,15 @@ def load_generator(source: Path) -> tuple[Generator, dict[str, int]]:
         )
     # What is in the file has to fit before memory is taken for it.
     with torch.device("meta"):
-        check_fit(Generator(**arguments), state, path)
+        try:
+            described = Generator(**arguments)
+        except (RuntimeError, OverflowError):  # more elements than torch counts
+            raise UserError(
+                f"{path} describes a generator with nz {arguments['nz']} and ngf "
+                f"{arguments['ngf']}, which has more weights than any file; give the weights of "
+                "netG as they were saved"
+            ) from None
+        check_fit(described, state, path)
     generator = Generator(**arguments)
     fill(generator, state, path)
     return generator, arguments

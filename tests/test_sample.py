@@ -217,6 +217,7 @@ def test_a_failure_half_way_leaves_nothing(
         ("number.pth", "", "does not hold a DCGAN generator"),
         ("huge.safetensors", "", "has main.0.weight of shape [4, 4, 4, 4], but this network"),
         ("strange.safetensors", "", "does not hold a DCGAN generator"),
+        ("wide.safetensors", "", "with nz 4 and ngf 268435456, which has more weights than any"),
         ("netG.pth", "-n 2147483647", "2,147,483,647 images need"),
         ("netG.pth", "-n 1 --batch-size 2147483647 --bn batch", "GiB are free"),
         ("netG.pth", "--out a.psd", "has a suffix no picture format has"),
@@ -263,8 +264,9 @@ def test_mistakes(
     }.items():
         torch.save({**weights, "main.0.weight": tensor}, f"{name}.pth")
     torch.save({f"main.{'9' * 5000}.weight": first}, "number.pth")
-    for name, nz in {"huge": 10**9, "strange": "4"}.items():
-        arguments = {"image_size": 16, "channels": 1, "nz": nz, "ngf": 2}
+    altered = {"huge": {"nz": 10**9}, "strange": {"nz": "4"}, "wide": {"ngf": 2**28}}
+    for name, change in altered.items():
+        arguments = {"image_size": 16, "channels": 1, "nz": 4, "ngf": 2, **change}
         about = {"kind": "weights", "network": "dcgan.Generator", "arguments": arguments}
         Path(f"{name}.safetensors").write_bytes(checkpoint._pack(weights, about))
     torch.save(Discriminator(16, 1, 4).state_dict(), "netD.pth")
