@@ -40,6 +40,7 @@ WAYS = {
     "WGAN-GP": ["--loss", "wasserstein", "--d-norm", "none", "--gradient-penalty", "10"],
     "hinge": ["--loss", "hinge"],
     "lsgan": ["--loss", "lsgan"],
+    "lsgan, clipped gradients": ["--loss", "lsgan", "--clip-grad", "5"],
     "relativistic": ["--loss", "relativistic"],
     "relativistic pairing, R1": [
         "--loss", "relativistic_pairing", "--d-norm", "none", "--r1", "1",

@@ -134,7 +134,8 @@ def _add_training(add: Callable[..., None]) -> None:
     add("--netG", metavar="FILE", help="start weights of the generator")
     add("--netD", metavar="FILE", help="start weights of the discriminator")
     add("--loss", choices=losses.NAMES,
-        help="bce: non-saturating (default); wasserstein: nothing here keeps D Lipschitz")
+        help="bce: non-saturating (default); lsgan: learns sooner with --clip-grad 5; wasserstein: "
+        "nothing here keeps D Lipschitz")
     add("--loss-weight", type=positive, help="factor of both losses")
     add("--amp", choices=("off", "bf16", "fp16", "auto"),
         help="mixed precision (default auto with --fused, otherwise off)")

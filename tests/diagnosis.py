@@ -104,6 +104,7 @@ CASES: tuple[Case, ...] = (
         "minimax loss, D without norm at 1,000 times the learning rate, G at a hundredth",
         "vanishing", 600, {"loss": "minimax", "d_norm": "none", "lr_g": 2e-6, "lr_d": 0.2},
     ),
+    Case("D at 20 times the learning rate", "stalled", 600, {"lr_d": 4e-3}),
     Case(
         "G at 10 times the learning rate, D at a tenth", "mode_collapse", 700,
         {"lr_g": 2e-3, "lr_d": 2e-5},

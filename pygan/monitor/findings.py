@@ -80,6 +80,16 @@ FAULTS: Final[Mapping[str, Fault]] = {
         "Goodfellow 2016, arXiv:1701.00160, section 5.1.1; Richardson and Weiss 2018, "
         "arXiv:1805.12462 (bins of the data)",
     ),
+    "stalled": Fault(
+        "warning",
+        "G learns little",
+        "The samples' average is far from that of the real images, and little nearer than after "
+        "half as many steps; the losses need not show it.",
+        "clipped gradients (--clip-grad 5: large gradients of the first steps stay in Adam's "
+        "averages and shorten a thousand steps), a higher learning rate for G or a lower one for "
+        "D, fewer steps of D, or another loss",
+        "Kingma and Ba 2015, arXiv:1412.6980, section 2.1; Heusel et al. 2017, arXiv:1706.08500",
+    ),
     "copies": Fault(
         "warning",
         "samples copy training images",

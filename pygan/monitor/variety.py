@@ -15,7 +15,7 @@ from torch import Tensor
 from pygan.errors import UserError
 
 # The names of what `Variety.signals` returns, in its order.
-SIGNALS: Final = ("spread", "duplicates", "missing", "copies")
+SIGNALS: Final = ("spread", "duplicates", "missing", "copies", "gap", "nearest")
 CLUSTERS: Final = 10
 _CELLS: Final = 8
 _CHUNK: Final = 64
@@ -90,6 +90,7 @@ class Variety:
             )
         with torch.no_grad():
             self._real = x = features(real)
+            self._mean = x.mean(0)
             self._apart = _nearest_other(x)
             self._spread = _spread(x)
             groups = [x[i : i + count] for i in range(0, len(x), count)]
@@ -101,7 +102,7 @@ class Variety:
 
     def to(self, device: torch.device) -> Variety:
         """Moves what it keeps to a device, in place."""
-        for name in ("_real", "_apart", "_spread", "_double", "_centres", "_shares"):
+        for name in ("_real", "_mean", "_apart", "_spread", "_double", "_centres", "_shares"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -110,12 +111,16 @@ class Variety:
         return F.one_hot(which, len(self._centres)).float().mean(0)
 
     def signals(self, fake: Tensor) -> Tensor:
-        """float32 ``[4]`` on the device, from ``fake [N, C, H, W]`` in [-1, 1]:
+        """float32 ``[6]`` on the device, from ``fake [N, C, H, W]`` in [-1, 1]:
 
         - spread: mean distance of two of them, divided by that of two real images;
         - duplicates: the share with a double among them as near as one real image in a hundred has;
         - missing: the share of real images in clusters that next to none of them falls into;
-        - copies: the share that lies much nearer to a real image than its own neighbours do.
+        - copies: the share that lies much nearer to a real image than its own neighbours do;
+        - gap: how far their mean lies from that of the real images, divided by the mean distance of
+          two real images; 0.09 for 64 images as good as real ones;
+        - nearest: the median distance of one to the nearest real image, divided by that of a real
+          image to the nearest other.
         """
         with torch.no_grad():
             x = features(fake)
@@ -125,4 +130,6 @@ class Variety:
             missing = (self._shares * rare).sum()
             distance, which = _distances(x, self._real).min(1)
             copies = (distance < _NEAR * self._apart[which]).float().mean()
-            return torch.stack([spread, duplicates, missing, copies])
+            gap = (x.mean(0) - self._mean).norm() / self._spread.clamp(min=1e-12)
+            nearest = distance.median() / self._apart.median().clamp(min=1e-12)
+            return torch.stack([spread, duplicates, missing, copies, gap, nearest])

@@ -30,6 +30,18 @@ _EASY: Final = {
 _PROBABILITIES: Final = ("bce", "minimax", "logistic", "softplus")
 _MEANS: Final = ("loss_d", "loss_g", "d_real", "d_fake")
 
+# Samples are far from the real images, and little nearer than after half as many steps. Untrained
+# networks begin at a gap of 1 (0.2 where the images' average is grey), and healthy ones are below
+# the first bound before step 500.
+_FAR: Final = 0.35
+_NEARER: Final = 0.75
+# D(x) - D(G(z)) of a D that tells them; a loss that wants 1 and 0 of logits ends at 0.23.
+_AHEAD: Final = 0.05
+# Median distance to the nearest real image, of networks that have not begun to learn 3.5.
+_UNLIKE: Final = 1.5
+# Of the gaps kept, each was read this much later than the one before.
+_SPACED: Final = 1.1
+
 Judged = tuple[bool, dict[str, float], str]
 
 
@@ -91,6 +103,7 @@ class Monitor:
         self.signals: dict[str, float] = {}
         self._before: list[float] = []
         self._looked: int | None = None
+        self._gaps: list[tuple[int, float]] = []
         # Of every fault: since when it is seen, in how many checks, and whether it was reported.
         self._seen: dict[str, list[int]] = {}
         self._open: dict[str, int] = {}
@@ -114,8 +127,8 @@ class Monitor:
         """What was seen so far, as plain values and one tensor."""
         return {
             "totals": self._totals, "count": self._count, "before": list(self._before),
-            "looked": self._looked, "seen": {k: list(v) for k, v in self._seen.items()},
-            "open": dict(self._open),
+            "looked": self._looked, "gaps": [list(at) for at in self._gaps],
+            "seen": {k: list(v) for k, v in self._seen.items()}, "open": dict(self._open),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -123,6 +136,8 @@ class Monitor:
         self._totals.copy_(state["totals"])
         self._count, self._looked = state["count"], state["looked"]
         self._before = list(state["before"])
+        # States of before there were gaps have none.
+        self._gaps = [(step, gap) for step, gap in state.get("gaps", ())]
         self._seen = {k: list(v) for k, v in state["seen"].items()}
         self._open = dict(state["open"])
 
@@ -157,7 +172,9 @@ class Monitor:
             return self._judge(step, {"nonfinite": (True, {}, where)}, at_once=True)
         judged |= self._losses(look)
         if look:
-            judged |= self._samples()
+            # What was said of losses or gradients tells why.
+            explained = any(code in self._open for code in judged)
+            judged |= self._samples(step, explained)
         if step < self._warm_up:
             judged = {"frozen": judged["frozen"]} if "frozen" in judged else {}
         return self._judge(step, judged)
@@ -238,19 +255,38 @@ class Monitor:
             "frozen": (still, both, ""),
         }
 
-    def _samples(self) -> dict[str, Judged]:
+    def _samples(self, step: int, explained: bool) -> dict[str, Judged]:
         s = self.signals
 
         def of(*names: str) -> dict[str, float]:
-            return {name: s[name] for name in names}
+            return {name: s[name] for name in names if name in s}
 
         collapsed = s["spread"] < 0.3 or s["duplicates"] > 0.5
+        partly = s["missing"] > 0.4 and not collapsed
+        # The samples of a G that has learnt nothing look alike too: like no real image, and D tells
+        # them.
+        ahead = s.get("d_real", 0.0) - s.get("d_fake", 0.0) > _AHEAD
+        untaught = ahead and s["nearest"] > _UNLIKE
+        still, before = self._standstill(step)
+        stalled = still and (untaught or not (collapsed or partly))
         return {
-            "mode_collapse": (collapsed, of("spread", "duplicates"), ""),
-            "partial_collapse": (s["missing"] > 0.4 and not collapsed, of("missing", "spread"), ""),
+            "mode_collapse": (collapsed and not stalled, of("spread", "duplicates"), ""),
+            "partial_collapse": (partly and not stalled, of("missing", "spread"), ""),
+            "stalled": (stalled and not explained, of("gap", "d_real", "d_fake"), before),
             # Real images that are none of these reach 0.05.
             "copies": (s["copies"] > 0.1, of("copies"), ""),
         }
+
+    def _standstill(self, step: int) -> tuple[bool, str]:
+        """Whether samples stay far from the real images, and what was seen when."""
+        gap = self.signals["gap"]
+        if not self._gaps or step >= _SPACED * self._gaps[-1][0]:
+            self._gaps.append((step, gap))
+        earlier = [at for at in self._gaps if 2 * at[0] <= step]
+        if not earlier:
+            return False, ""
+        then, before = earlier[-1]
+        return gap > max(_FAR, _NEARER * before), f"gap {before:.3g} at step {then}"
 
     def _judge(
         self, step: int, judged: dict[str, Judged], *, at_once: bool = False
