@@ -1,9 +1,9 @@
 """A training step that is repeated as it was once done: for which calls that is right.
 
-What every kind of repeating shares: each shape and mode has an entry of its own, of which the KEPT
-used last stay; where hyperparameters change, or tensors take the place of others, all of them are
-dropped and made anew after some steps as usual; what cannot be repeated stays eager for good,
-with one reason. How a step is repeated is in :mod:`pygan.step_graph` and
+What every kind of repeating shares: each shape, mode and turn has an entry of its own, of which
+the KEPT used last stay, times the turns; where hyperparameters change, or tensors take the place of
+others, all of them are dropped and made anew after some steps as usual; what cannot be repeated
+stays eager for good, with one reason. How a step is repeated is in :mod:`pygan.step_graph` and
 :mod:`pygan.step_program`.
 """
 
@@ -114,7 +114,7 @@ class RepeatedStep(ABC, Generic[AnEntry]):
         if entry is None or self._is_stale(entry):
             entry = self._entry()
         self._entries[key] = entry
-        while len(self._entries) > KEPT:
+        while len(self._entries) > KEPT * self._step.tricks.turns:
             self._entries.popitem(last=False)[1].close()
         return self._advance(entry, inputs)
 
@@ -154,7 +154,13 @@ class RepeatedStep(ABC, Generic[AnEntry]):
         images = inputs.images
         modes = [m.training for m in self._modules] + [p.requires_grad for p in self._parameters]
         where = None if images is None else images.data_ptr()
-        return (*given, where, *modes, torch.is_autocast_enabled(self._step.device.type))
+        turn = self._step.tricks.turn(self._step.updates)
+        return (*given, where, *turn, *modes, torch.is_autocast_enabled(self._step.device.type))
+
+    def _own(self) -> list[Any]:
+        """What the step itself keeps from one call to the next."""
+        step = self._step
+        return [step.generator, step.totals, step.ema, step._noise, *step._of_g]
 
     def _held(self) -> dict[str, Any]:
         """What is repeated with as it was then, by the names of what it is."""
@@ -164,7 +170,7 @@ class RepeatedStep(ABC, Generic[AnEntry]):
         return {
             "settings of the step": (
                 *(step.loss, step.loss_weight, step.real_target, step.amp, step.merge),
-                *(id(step.generator), id(step.totals), id(step.ema), id(step._noise)),
+                *map(id, self._own()),
             ),
             "hyperparameters of an optimizer": [
                 _value(value)
@@ -211,10 +217,12 @@ class RepeatedStep(ABC, Generic[AnEntry]):
             self._give_up(reason)
         return reason is None
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, *, made: bool = False) -> None:
+        """Nothing is repeated any more; ``made`` says whether the step that showed it was made."""
         self.forget()
         self.reason = reason
         if self._required:
+            self._step.updates += made
             raise UserError(
                 f"graph is 'on' and the step cannot be captured, because {reason}; 'auto' leaves "
                 "it eager then"

@@ -122,7 +122,9 @@ class _Step:
         self.ema = ema
         self.totals: Tensor | None = None
         self.updates = 0
-        self._of_g = (torch.zeros((), device=self.device), torch.zeros((), device=self.device))
+        double = next(D.parameters()).dtype == torch.float64
+        zero = torch.zeros((), device=self.device, dtype=torch.float64 if double else torch.float32)
+        self._of_g = zero, zero.clone()
         self._noise: Tensor | None = None
         self.noise = self.tricks.noise
         scaling = self.amp == "fp16"
@@ -181,6 +183,12 @@ class _Step:
         return 1
 
     def _run(self, inputs: Inputs) -> StepResult:
+        result = self._once(inputs)
+        # Not as part of it: what repeats a step repeats no Python.
+        self.updates += 1
+        return result
+
+    def _once(self, inputs: Inputs) -> StepResult:
         return self.run_eagerly(inputs)
 
     def _run_several(self, inputs: Inputs) -> list[StepResult]:
@@ -188,7 +196,7 @@ class _Step:
         return [self._run(inputs.at(i)) for i in range(len(inputs.which))]
 
     def run_eagerly(self, inputs: Inputs) -> StepResult:
-        """One update, operation by operation."""
+        """One update, operation by operation, whose number is `updates`; it does not count it."""
         real, z = self._real(inputs), inputs.z
         if z is None:
             shape = (real.shape[0], _latent_size(self._G), 1, 1)
@@ -214,21 +222,22 @@ class _Step:
 
     def _turn_of_g(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         """G's update, or in a step without one what the last one gave; it ends the step."""
-        skipped = self.updates % self.tricks.n_critic
-        # Where all steps are alike nobody counts them, least of all a graph.
-        self.updates += self.tricks.why_changing() is not None
-        if skipped:
-            return self._of_g
+        learns, _ = self.tricks.turn(self.updates)
+        if not learns:
+            loss, probability = (value.clone() for value in self._of_g)
+            return loss, probability
         found = self._update_g(real, fake)
         if self.tricks.n_critic > 1:
-            self._of_g = found
+            # In place, where the steps until G's next turn read them.
+            for kept, value in zip(self._of_g, found, strict=True):
+                kept.copy_(value)
         if self.ema is not None:
             self.ema.update(self._G)
         return found
 
     def _generated(self, z: Tensor) -> Tensor:
         # A parallel G that is called waits for its backward.
-        learns = self.updates % self.tricks.n_critic == 0
+        learns, _ = self.tricks.turn(self.updates)
         fake: Tensor = (self.G if learns else self._G)(z)
         return fake
 
@@ -254,7 +263,7 @@ class _Step:
     def _add_penalties(self, real: Tensor, fake: Tensor) -> None:
         tricks = self.tricks
         terms = []
-        if tricks.r1 and self.updates % tricks.r1_every == 0:
+        if tricks.turn(self.updates)[1]:
             terms.append(0.5 * tricks.r1 * tricks.r1_every * r1_penalty(self._D, real))
         if tricks.gradient_penalty:
             penalty = gradient_penalty(self._D, real, fake, generator=self.generator)
@@ -299,7 +308,8 @@ class _Step:
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the gradient scalers (empty unless fp16), and the place among the steps."""
+        """State of the gradient scalers (empty unless fp16), the place among the steps, and the
+        average of G."""
         return {
             "scaler_g": self._scaler_g.state_dict(),
             "scaler_d": self._scaler_d.state_dict(),
@@ -314,8 +324,8 @@ class _Step:
         self._scaler_g.load_state_dict(state["scaler_g"])
         self._scaler_d.load_state_dict(state["scaler_d"])
         self.updates = state["updates"]
-        loss, probability = (value.to(self.device) for value in state["of_g"])
-        self._of_g = (loss, probability)
+        for kept, value in zip(self._of_g, state["of_g"], strict=True):
+            kept.copy_(value)
         if self.ema is not None and state["ema"] is not None:
             self.ema.network.load_state_dict(state["ema"])
             # A state without it is of an average that kept one share from the first update.
@@ -398,7 +408,8 @@ class AdversarialStep(_Step):
             same, and in float32 on a CPU for images of up to 1 MiB a step, because the maps of both
             halves take more memory), True or False to force.
         generator: for z and all else that is drawn.
-        tricks: what helps besides, :class:`pygan.Tricks`. Steps that differ by turns stay eager.
+        tricks: what helps besides, :class:`pygan.Tricks`. Where steps differ by turns, each kind
+            has a graph, or a program, of its own.
         ema: an average of G, updated after each of its updates.
 
     Attributes:
@@ -436,10 +447,7 @@ class AdversarialStep(_Step):
                 "CUDA device and on a CPU, so give 'auto' or 'off'"
             )
         self._graphed: RepeatedStep[Any] | None = None
-        changing = self.tricks.why_changing()
-        if changing is not None and self.graph == "on":
-            raise UserError(f"graph is 'on' and {changing}, which no graph repeats; give 'auto'")
-        if self.graph == "off" or changing is not None:
+        if self.graph == "off":
             return
         required = self.graph == "on"
         if self.device.type == "cuda":
@@ -459,17 +467,19 @@ class AdversarialStep(_Step):
         with MemoryOrder():
             super()._finish(network, optimizer, scaler)
 
-    def _run(self, inputs: Inputs) -> StepResult:
+    def _once(self, inputs: Inputs) -> StepResult:
         return self.run_eagerly(inputs) if self._graphed is None else self._graphed(inputs)
 
     def _run_several(self, inputs: Inputs) -> list[StepResult]:
-        if self._graphed is None:
+        if self._graphed is None or self.tricks.turns > 1:
             return super()._run_several(inputs)
-        return self._graphed.several(inputs)
+        found = self._graphed.several(inputs)
+        self.updates += len(found)
+        return found
 
     @property
     def at_once(self) -> int:
-        return 1 if self._graphed is None else self._graphed.at_once
+        return 1 if self._graphed is None or self.tricks.turns > 1 else self._graphed.at_once
 
     def recapture(self) -> None:
         """Drops the graphs; the next steps make them anew, from the networks as they are then."""

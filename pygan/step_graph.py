@@ -3,7 +3,7 @@
     a shape for the first time    WARM_UP steps as usual, on a side stream; the last one is watched
     then                          captured, which executes nothing, and replayed
     from then on                  inputs copied into the graph's own, replayed, results copied out
-    other shapes, modes           graphs of their own, the KEPT used last
+    other shapes, modes, turns    graphs of their own, the KEPT used last
     other hyperparameters, or     every graph is dropped, and captured anew after WARM_UP steps
       tensors put in the place
       of those captured
@@ -72,7 +72,7 @@ class _Captured(NamedTuple):
     inputs: Inputs  # its own, but for the set of images
     held: dict[str, Any]
     kept: list[Any]  # what its memory belongs to
-    grads: list[tuple[Tensor, Tensor]]
+    grads: list[tuple[Tensor, Tensor | None]]  # of every parameter, as a step leaves it
     result: StepResult  # one of a warm-up
 
 
@@ -241,7 +241,7 @@ class GraphedStep(RepeatedStep[_Entry]):
         if before is not None:
             reason = reason or before.change(PythonState(self._networks, self._optimizers))
             if reason is not None:
-                self._give_up(reason)
+                self._give_up(reason, made=True)
         return result
 
     def _capture(self, entry: _Entry, inputs: Inputs) -> bool:
@@ -303,8 +303,8 @@ class GraphedStep(RepeatedStep[_Entry]):
             recording,
             own,
             self._held(),
-            [self._tensors, before.states, step.totals, step.generator, step.ema, step._noise],
-            [(p, p.grad) for p in self._parameters if p.grad is not None],
+            [self._tensors, before.states, *self._own()],
+            [(p, p.grad) for p in self._parameters],
             like,
         )
 

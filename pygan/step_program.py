@@ -3,7 +3,8 @@
     a kind of step for the first  as usual, twice: in the first optimizers make their state and it
       time                          is seen which memory is taken; the second is recorded
     from then on                  the program is run, on the inputs that are given
-    other shapes, strides, modes  programs of their own, the KEPT used last
+    other shapes, strides, modes, programs of their own, the KEPT used last
+      turns
     other hyperparameters, or     every program is dropped, and made anew
       tensors in the place of
       those recorded
@@ -141,9 +142,9 @@ class ProgrammedStep(RepeatedStep[_Entry]):
             program = recorder.program([*result, *gradients])
             reason = recorder.reason
         if reason is not None:
-            self._give_up(reason)
+            self._give_up(reason, made=True)
             return result
-        kept: list[Any] = [self._tensors, step.totals, step.generator, step.ema, step._noise]
+        kept = [self._tensors, *self._own()]
         kept += [dict(state) for _, o in self._optimizers for state in o.state.values()]
         entry.recorded = _Recorded(program, type(result), self._held(), learning, kept)
         self._made += 1

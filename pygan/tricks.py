@@ -60,13 +60,14 @@ class Tricks:
             if not fits:
                 raise UserError(f"{name} is {getattr(self, name)}, which is out of its range")
 
-    def why_changing(self) -> str | None:
-        """Why one step is not like the next, or None."""
-        if self.n_critic > 1:
-            return f"G learns in every {self.n_critic}th step only"
-        if self.r1 and self.r1_every > 1:
-            return f"the R1 penalty comes with every {self.r1_every}th step only"
-        return None
+    def turn(self, step: int) -> tuple[bool, bool]:
+        """Whether G learns in a step, counted from 0, and whether R1 comes with it."""
+        return step % self.n_critic == 0, self.r1 > 0 and step % self.r1_every == 0
+
+    @property
+    def turns(self) -> int:
+        """How many kinds of steps there are at most."""
+        return (1 + (self.n_critic > 1)) * (1 + (self.r1 > 0 and self.r1_every > 1))
 
 
 class Ema:

@@ -48,7 +48,7 @@ class Resident:
             for optimizer in (networks.opt_g, networks.opt_d):
                 optimizer.param_groups[0]["capturable"] = True
                 optimizer._warned_capturable_if_run_uncaptured = True
-            if self.size is not None and networks.step.tricks.why_changing() is None:
+            if self.size is not None:
                 self.graphs.append(graphs := StandIn(networks.step))
                 graphs.times = {self.size: 1.0}
                 if self.known:

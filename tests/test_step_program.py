@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Callable
@@ -169,6 +170,31 @@ def test_programs_make_the_numbers_of_eager_steps(way: str) -> None:
     assert graphed.reason is None
     # z is drawn in every second step, which is a kind of step of its own.
     assert graphed._repeats == STEPS - 2 * WARM_UP and graphed._made == 2
+
+
+@pytest.mark.parametrize(
+    "tricks",
+    [
+        pygan.Tricks(n_critic=3),
+        pygan.Tricks(r1=1.0, r1_every=4),
+        pygan.Tricks(n_critic=2, r1=1.0, r1_every=3, clip_grad=0.5, flip_labels=0.1),
+    ],
+    ids=["n_critic", "lazy R1", "both"],
+)
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_steps_by_turns_have_a_program_each(tricks: pygan.Tricks, amp: str) -> None:
+    eager, programmed = pair(tricks=tricks, average=True, amp=amp)
+
+    def between(step: pygan.AdversarialStep, i: int) -> None:
+        if i == 20:
+            step.load_state_dict(copy.deepcopy(step.state_dict()))
+
+    require_same_steps(eager, programmed, 50, between)
+    graphed = programs(programmed)
+    assert graphed.reason is None
+    kinds = {(i % 2, *tricks.turn(i)) for i in range(50)}  # with z and without
+    assert graphed._made == len(graphed._entries) == len(kinds) > 2
+    assert graphed._repeats == 50 - WARM_UP * len(kinds)
 
 
 @pytest.mark.parametrize("way", ["uint8", "gathered", "flipped"])

@@ -311,7 +311,7 @@ def test_the_r1_penalty_comes_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     from pygan import step as module
 
     calls: list[int] = []
-    step = _step(AdversarialStep, Tricks(r1=1.0, r1_every=3))
+    step = _step(AdversarialStep, Tricks(r1=1.0, r1_every=3), graph="off")
 
     def counted(D: nn.Module, real: Tensor) -> Tensor:
         calls.append(step.updates)
@@ -372,10 +372,13 @@ def test_only_losses_with_targets_have_labels() -> None:
         _step(AdversarialStep, Tricks(flip_labels=0.1), loss="hinge")
 
 
-def test_why_steps_differ() -> None:
-    assert Tricks(noise=1.0, augment=("color",)).why_changing() is None
-    assert "every 5th step" in (Tricks(n_critic=5).why_changing() or "")
-    assert "every 16th step" in (Tricks(r1=1.0).why_changing() or "")
+def test_kinds_of_steps() -> None:
+    assert Tricks(noise=1.0, augment=("color",), r1=1.0, r1_every=1).turns == 1
+    tricks = Tricks(n_critic=2, r1=1.0, r1_every=3)
+    assert (tricks.turns, Tricks(n_critic=5).turns, Tricks(r1=1.0).turns) == (4, 2, 2)
+    kinds = [tricks.turn(step) for step in range(4)]
+    assert kinds == [(True, True), (False, False), (True, False), (False, True)]
+    assert Tricks(n_critic=2).turn(0) == (True, False)
 
 
 # Networks
