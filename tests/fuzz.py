@@ -9,6 +9,7 @@ take more than `MOST_BYTES` of memory.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gzip
 import io
@@ -456,7 +457,8 @@ def command_many(name: str, examples: int = EXAMPLES, number: int = 0) -> Outcom
 
         def one(words: list[str]) -> bool:
             try:
-                run(Path(folder), words)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    run(Path(folder), words)
             except UserError:
                 return True
             return False
