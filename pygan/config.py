@@ -323,7 +323,7 @@ def flag_text(name: str, value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return flag if value else f"no {flag}"
     if isinstance(value, (list, tuple)):
-        return f"{flag} {','.join(value)}" if value else f"no {flag}"
+        return f"{flag} {','.join(map(str, value))}" if value else f"no {flag}"
     return f"{flag} {value}"
 
 

@@ -25,6 +25,8 @@ RESUME = "resume.safetensors"
 PREVIOUS = "resume.previous.safetensors"
 QUALITY = "quality.jsonl"
 REPORT = "report.html"
+# Larger numbers overflow where they are drawn.
+_LARGEST = 1e300
 _LOCK = ".lock"
 _TEMPORARY = ".tmp"
 # What a run writes, and so all that --overwrite removes.
@@ -98,6 +100,7 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     Raises:
         UserError: it holds a run, or it cannot be a folder one can write to.
     """
+    check_writable(path, "--outf")
     if not overwrite and _holds_run(path):
         raise UserError(
             f"{path} already holds a run; continue it with --resume {path}, replace it with "
@@ -105,7 +108,6 @@ def check_new(path: Path, *, overwrite: bool) -> None:
         )
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, but a run needs a folder; give another --outf")
-    check_writable(path, "--outf")
 
 
 def check_writable(path: Path, flag: str) -> None:
@@ -115,8 +117,13 @@ def check_writable(path: Path, flag: str) -> None:
         UserError: it cannot; `flag` is what to change.
     """
     parent = path
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
+    try:
+        while not parent.exists() and parent != parent.parent:
+            parent = parent.parent
+    except OSError as error:  # a name that is too long
+        raise UserError(
+            f"{path} cannot be created ({error.strerror}); give another {flag}"
+        ) from None
     if path != parent and not parent.is_dir():
         raise UserError(f"{path} cannot be created: {parent} is not a folder; give another {flag}")
     if not os.access(parent, os.W_OK):
@@ -286,6 +293,12 @@ class RunFolder:
         """Every row of log.jsonl."""
         with open(self.path / LOG, "rb") as file:
             return [json.loads(line) for line in file]
+
+
+def has_numbers(row: Mapping[Any, Any], *names: Any) -> bool:
+    """Whether a row has them all, as numbers that can be drawn."""
+    found = [row.get(name) for name in names]
+    return all(isinstance(value, (int, float)) and not abs(value) > _LARGEST for value in found)
 
 
 def _logged_step(line: bytes) -> float:

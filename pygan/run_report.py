@@ -29,6 +29,7 @@ from pygan.run_folder import (
     REPORT,
     check_writable,
     damaged_config,
+    has_numbers,
     read_config,
     replace_file,
 )
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 PROG = "python -m pygan.run_report"
 PICTURES = 12  # of samples, at most
 POINTS = 2000  # of a line, at most
-_LARGEST = 1e300
 COLOURS = {"error": "#D55E00", "warning": "#E69F00", "note": "#999999"}
 CURVES = {
     "loss": {"loss_d": "Loss_D", "loss_g": "Loss_G"},
@@ -86,16 +86,10 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _numbers(row: Mapping[Any, Any], *names: Any) -> bool:
-    """Whether the row has them all, as numbers that can be drawn."""
-    found = [row.get(name) for name in names]
-    return all(isinstance(value, (int, float)) and not abs(value) > _LARGEST for value in found)
-
-
 def _finding(row: Mapping[str, Any]) -> bool:
     severity = row.get("severity")
     known = isinstance(severity, str) and severity in COLOURS
-    return known and _numbers(row, "step") and "text" in row
+    return known and has_numbers(row, "step") and "text" in row
 
 
 def _measured(row: Mapping[str, Any]) -> bool:
@@ -106,8 +100,8 @@ def _measured(row: Mapping[str, Any]) -> bool:
     return (
         texts
         and isinstance(shares, list)
-        and _numbers(dict(enumerate(shares)), *range(len(shares)))
-        and _numbers(row, "epoch", "samples", "seed", "distance_of_halves", *single)
+        and has_numbers(dict(enumerate(shares)), *range(len(shares)))
+        and has_numbers(row, "epoch", "samples", "seed", "distance_of_halves", *single)
     )
 
 
@@ -242,14 +236,14 @@ def page(run: Path) -> str:
         UserError: there is no run in it, or a file of it cannot be read.
     """
     stored = read_config(run)
-    if not _numbers(stored["config"], "batch_size") or not _numbers(stored["data"], "images"):
+    if not has_numbers(stored["config"], "batch_size") or not has_numbers(stored["data"], "images"):
         raise damaged_config(run)
     try:
         logged = _json_lines(run / LOG)
         measured = list(filter(_measured, _json_lines(run / QUALITY)))
         findings = list(filter(_finding, logged))
         drawn = [name for lines in CURVES.values() for name in lines]
-        rows = [row for row in logged if _numbers(row, "step", "epoch", "seconds", *drawn)]
+        rows = [row for row in logged if has_numbers(row, "step", "epoch", "seconds", *drawn)]
         last = rows[-1] if rows else {"step": 0, "epoch": 0, "seconds": 0.0}
         batch = stored["config"]["batch_size"]
         rate = last["step"] * batch / last["seconds"] if last["seconds"] else 0.0

@@ -183,7 +183,6 @@ def _check_output(path: Path, *, folder: bool) -> None:
             f"--out {path} has a suffix no picture format has; give .png, .jpg, .webp or .npy, or "
             "a folder"
         )
-    check_writable(path, "--out")
 
 
 def _parser() -> cli.Parser:
@@ -224,6 +223,7 @@ def _batches(
 def _sample(argv: list[str] | None) -> int:
     options = _parser().parse_args(argv)
     out = Path(options.out)
+    check_writable(out, "--out")
     folder = options.out.endswith("/") or not out.suffix or out.is_dir()
     _check_output(out, folder=folder)
     device = cli.device(options.device)

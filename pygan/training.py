@@ -32,7 +32,15 @@ from pygan.metrics import Neighbours
 from pygan.metrics.describe import space_of
 from pygan.metrics.quality import Reference
 from pygan.monitor import AutoFix, Finding, Monitor, halve, nonfinite
-from pygan.run_folder import PREVIOUS, QUALITY, REPORT, RESUME, RunFolder, replace_file
+from pygan.run_folder import (
+    PREVIOUS,
+    QUALITY,
+    REPORT,
+    RESUME,
+    RunFolder,
+    has_numbers,
+    replace_file,
+)
 from pygan.run_report import page
 from pygan.sample import encode, generate, grid, latents
 
@@ -747,7 +755,7 @@ def plot(rows: Sequence[dict[str, float]]) -> bytes:
     """Losses and probabilities over the steps, as a PNG; rows without them are left out."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if "loss_d" in row]
+    rows = [row for row in rows if has_numbers(row, "step", *NUMBERS)]
     figure = Figure(figsize=(9, 6), layout="constrained")
     losses, probabilities = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in rows]

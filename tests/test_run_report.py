@@ -16,6 +16,7 @@ from training import train
 from pygan import evaluate, run_report
 from pygan.config import Config
 from pygan.run_folder import LOG, QUALITY, REPORT
+from pygan.training import NUMBERS, plot
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -73,7 +74,8 @@ def test_few_pictures_of_many(tmp_path: Path) -> None:
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     from dataclasses import asdict
 
-    content: dict[str, Any] = {"config": asdict(Config()), "data": {"images": 5}, "pygan": {}}
+    config = asdict(Config()) | {"augment": [["color"]]}
+    content: dict[str, Any] = {"config": config, "data": {"images": 5}, "pygan": {}}
     (tmp_path / "config.json").write_text(json.dumps(content))
     page = run_report.page(tmp_path)
     assert "Nothing is logged yet." in page and "There are none yet." in page
@@ -104,6 +106,14 @@ def test_rows_that_cannot_be_drawn_are_left_out(run: Path, tmp_path: Path) -> No
         log.write(json.dumps(row | {"step": 10**400}) + "\n" + "[" * 10**5 + "\n")
         log.write(json.dumps({"step": 1, "severity": ["error"], "text": "x"}) + "\n")
     assert run_report.page(tmp_path) == page
+
+
+def test_the_picture_of_losses_leaves_out_rows_that_are_not_whole() -> None:
+    row = dict.fromkeys(NUMBERS, 0.5)
+    rows = [{"step": 1, **row}, {"step": 2, **row}]
+    picture = plot(rows)
+    broken = [{"step": 3, "loss_d": 1.0}, {"step": 10**400, **row}, {**rows[0], "d_fake": []}]
+    assert plot([*rows, *broken]) == picture != plot(rows[:1])
 
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,6 +228,7 @@ def test_a_failure_half_way_leaves_nothing(
         ("netG.pth", "--bn train", "--bn: invalid choice"),
         ("netG.pth", "--batch-size 0", "--batch-size: 0 is out of range"),
         ("netG.pth", "--out a.xyz", "has a suffix no picture format has"),
+        ("netG.pth", f"--out {'9' * 300}.png", "(File name too long); give another --out"),
         ("netG.pth", "--out full", "is not empty"),
         ("netG.pth", "--out text.pth/", "is a file, not a folder"),
         ("netG.pth", "--out text.pth/a.png", "is not a folder"),

@@ -60,7 +60,7 @@ class Cache:
             images = np.memmap(path, np.uint8, "r", shape=tuple(body["shape"]))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             log.warning("the cache entry of %s is damaged (%s) and is made again", name, error)
             return None
         skipped = tuple((file, reason) for file, reason in body["skipped"])

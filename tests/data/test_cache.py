@@ -113,7 +113,7 @@ def test_a_second_start_with_ten_thousand_files_takes_under_a_second(
     assert min(seconds) < 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "zeroed", "gone", "index", "labels"])
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "gone", "index", "shape", "labels"])
 def test_a_damaged_entry_is_made_again(
     photos: Path, own_cache: Path, decodes: list[int], damage: str
 ) -> None:
@@ -129,6 +129,8 @@ def test_a_damaged_entry_is_made_again(
         pixels.unlink()
     elif damage == "index":
         index.write_bytes(index.read_bytes()[:-20])
+    elif damage == "shape":
+        index.write_text(index.read_text().replace('"shape": [', f'"shape": [0.5, {10**400}, '))
     else:
         index.write_text(index.read_text().replace('"labels": null', '"labels": [1, 2]'))
     again = data.load(photos, image_size=16)
