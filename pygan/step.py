@@ -221,7 +221,7 @@ class _Step:
         raise AssertionError("a step defines how G learns")
 
     def _turn_of_g(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """G's update, or in a step without one what the last one gave; it ends the step."""
+        """G's update, or in a step without one what the last one gave."""
         learns, _ = self.tricks.turn(self.updates)
         if not learns:
             loss, probability = (value.clone() for value in self._of_g)

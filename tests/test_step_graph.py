@@ -708,6 +708,19 @@ def test_gpu_replays_follow_their_inputs(amp: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tricks", [pygan.Tricks(n_critic=3), pygan.Tricks(r1=1.0, r1_every=3)], ids=["n_critic", "R1"]
+)
+def test_gpu_steps_by_turns_have_a_graph_each(tricks: pygan.Tricks) -> None:
+    steps = [gpu_step(graph=graph, tricks=tricks) for graph in ("off", "on")]
+    losses = [run_on_gpu(step, range(23)) for step in steps]
+    assert graphs_of(steps[1]) == 2
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-3)
+    shown = [[p.grad is None for p in step.G.parameters()] for step in steps]
+    assert shown[0] == shown[1] == [tricks.n_critic > 1] * len(shown[0])
+
+
+@pytest.mark.gpu
 def test_gpu_draws_of_a_graph_are_those_of_eager_steps() -> None:
     states, first = [], []
     for graph in ("off", "on", "on"):
