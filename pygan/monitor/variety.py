@@ -92,6 +92,7 @@ class Variety:
             self._real = x = features(real)
             self._mean = x.mean(0)
             self._apart = _nearest_other(x)
+            self._usual = self._apart.median()
             self._spread = _spread(x)
             groups = [x[i : i + count] for i in range(0, len(x), count)]
             nearest = torch.cat([_nearest_other(g) for g in groups if len(g) > 1])
@@ -102,7 +103,8 @@ class Variety:
 
     def to(self, device: torch.device) -> Variety:
         """Moves what it keeps to a device, in place."""
-        for name in ("_real", "_mean", "_apart", "_spread", "_double", "_centres", "_shares"):
+        kept = ("_real", "_mean", "_apart", "_usual", "_spread", "_double", "_centres", "_shares")
+        for name in kept:
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -131,5 +133,5 @@ class Variety:
             distance, which = _distances(x, self._real).min(1)
             copies = (distance < _NEAR * self._apart[which]).float().mean()
             gap = (x.mean(0) - self._mean).norm() / self._spread.clamp(min=1e-12)
-            nearest = distance.median() / self._apart.median().clamp(min=1e-12)
+            nearest = distance.median() / self._usual.clamp(min=1e-12)
             return torch.stack([spread, duplicates, missing, copies, gap, nearest])
